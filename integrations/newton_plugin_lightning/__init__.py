@@ -1,0 +1,1 @@
+"""Newton Losses in Lightning: add a callback to the Trainer."""

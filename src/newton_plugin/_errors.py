@@ -1,0 +1,101 @@
+"""Every error the package raises on purpose, and the validators that raise them.
+
+A message names the argument, states the rule, shows what was received and says what to do next.
+All errors derive from :class:`NewtonPluginError` *and* from the built-in error a caller would expect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BatchCoupledError",
+    "NewtonPluginError",
+    "NoBoundaryError",
+    "NoGradientError",
+    "NonFiniteError",
+    "OutputsTooLargeError",
+    "ShapeError",
+    "SingularCurvatureError",
+    "check_choice",
+    "check_floating",
+    "check_positive",
+]
+
+
+class NewtonPluginError(Exception):
+    """Base of every error raised on purpose by newton_plugin and its integrations."""
+
+
+class ArgumentError(NewtonPluginError, ValueError):
+    """An argument has a value outside its rule."""
+
+
+class ArgumentTypeError(NewtonPluginError, TypeError):
+    """An argument has the wrong type."""
+
+
+class ShapeError(NewtonPluginError, ValueError):
+    """A tensor has a shape that does not fit."""
+
+
+class NoGradientError(NewtonPluginError, RuntimeError):
+    """The loss or the outputs carry no autograd graph, so there is nothing to differentiate."""
+
+
+class NoBoundaryError(NewtonPluginError, RuntimeError):
+    """The place where the model's outputs meet the loss was not found."""
+
+
+class BatchCoupledError(NewtonPluginError, RuntimeError):
+    """The loss mixes samples of the batch, so a per-sample Hessian does not exist."""
+
+
+class SingularCurvatureError(NewtonPluginError, RuntimeError):
+    """``C + damping * I`` could not be inverted."""
+
+
+class NonFiniteError(NewtonPluginError, RuntimeError):
+    """A gradient or a curvature is NaN or infinite."""
+
+
+class OutputsTooLargeError(NewtonPluginError, RuntimeError):
+    """A dense curvature of these outputs would not fit in memory."""
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any], hint: str = "") -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is one of ``choices``."""
+    if not any(type(value) is type(c) and value == c for c in choices):
+        listed = ", ".join(repr(c) for c in choices)
+        raise ArgumentError(f"{name} must be one of {listed}; got {value!r}.{' ' + hint if hint else ''}")
+
+
+def check_positive(name: str, value: Any, hint: str = "") -> float:
+    """Return ``value`` as a float; raise unless it is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(
+            f"{name} must be a positive number; got {value!r} of type {type(value).__name__}."
+            f"{' ' + hint if hint else ''}"
+        )
+    if not (value > 0 and math.isfinite(value)):
+        raise ArgumentError(
+            f"{name} must be positive and finite; got {value!r}.{' ' + hint if hint else ''}"
+        )
+    return float(value)
+
+
+def check_floating(name: str, tensor: Any) -> None:
+    """Raise unless ``tensor`` is a real floating-point tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ArgumentTypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}.")
+    if not tensor.is_floating_point():
+        raise ArgumentTypeError(
+            f"{name} must have a floating-point dtype; got {tensor.dtype}. "
+            f"Convert it first, e.g. {name}.float()."
+        )
