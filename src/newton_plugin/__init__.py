@@ -1,5 +1,57 @@
-"""Newton Losses for PyTorch: second-order steps at the loss boundary."""
+"""Newton Losses for PyTorch: second-order steps at the loss boundary.
+
+Train the network with any first-order optimizer; where its outputs meet the loss, take the Newton step in
+output space and train on the quadratic surrogate. Three doors:
+
+* ``newton_loss(loss_fn)``: wrap or decorate a loss function.
+* ``LossHook()(loss)``: one line before ``backward()`` in any loop.
+* ``newton_plugin_lightning.NewtonLosses()``: a Lightning callback.
+"""
+
+from newton_plugin._curvature import Curvature, EmpiricalFisher, SoftNormalization
+from newton_plugin._damping import AutoDamping, Damping, Tikhonov
+from newton_plugin._errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BatchCoupledError,
+    NewtonPluginError,
+    NoBoundaryError,
+    NoGradientError,
+    NonFiniteError,
+    OutputsTooLargeError,
+    ShapeError,
+    SingularCurvatureError,
+)
+from newton_plugin._hessian import Hessian
+from newton_plugin._hook import LossHook
+from newton_plugin._loss import NewtonLoss, newton_loss
+from newton_plugin._newton import NewtonStep, newton_step
+from newton_plugin._surrogate import quadratic_surrogate
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "AutoDamping",
+    "BatchCoupledError",
+    "Curvature",
+    "Damping",
+    "EmpiricalFisher",
+    "Hessian",
+    "LossHook",
+    "NewtonLoss",
+    "NewtonPluginError",
+    "NewtonStep",
+    "NoBoundaryError",
+    "NoGradientError",
+    "NonFiniteError",
+    "OutputsTooLargeError",
+    "ShapeError",
+    "SingularCurvatureError",
+    "SoftNormalization",
+    "Tikhonov",
+    "newton_loss",
+    "newton_step",
+    "quadratic_surrogate",
+]

@@ -84,9 +84,7 @@ def check_positive(name: str, value: Any, hint: str = "") -> float:
             f"{' ' + hint if hint else ''}"
         )
     if not (value > 0 and math.isfinite(value)):
-        raise ArgumentError(
-            f"{name} must be positive and finite; got {value!r}.{' ' + hint if hint else ''}"
-        )
+        raise ArgumentError(f"{name} must be positive and finite; got {value!r}.{' ' + hint if hint else ''}")
     return float(value)
 
 
@@ -96,6 +94,5 @@ def check_floating(name: str, tensor: Any) -> None:
         raise ArgumentTypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}.")
     if not tensor.is_floating_point():
         raise ArgumentTypeError(
-            f"{name} must have a floating-point dtype; got {tensor.dtype}. "
-            f"Convert it first, e.g. {name}.float()."
+            f"{name} must have a floating-point dtype; got {tensor.dtype}. Convert it first, e.g. {name}.float()."
         )

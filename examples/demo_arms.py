@@ -1,0 +1,74 @@
+"""What the demo trains: two tasks at fixed hyperparameters, and the arms of each."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table. ``against`` names the plain arm that it is paired with, seed by seed."""
+
+    name: str
+    loss: Literal["textbook", "neural_sort"]
+    newton: dict[str, Any] | None = None  # arguments of NewtonLosses; None: no callback
+    against: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One table and one panel of the picture."""
+
+    title: str
+    n: int
+    temperature: float
+    learning_rate: float
+    arms: tuple[Arm, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to train."""
+
+    setting: Setting
+    arm: Arm
+    seed: int
+    steps: int
+
+
+LONG = Setting(
+    "10 images, temperature 0.1, Adam 1e-2",
+    n=10,
+    temperature=0.1,
+    learning_rate=1e-2,
+    arms=(
+        Arm("textbook", "textbook"),
+        Arm("textbook + Newton", "textbook", {}, against="textbook"),
+        Arm("stable", "neural_sort"),
+        Arm("stable + Newton", "neural_sort", {}, against="stable"),
+        Arm("stable + isotropic", "neural_sort", {"structure": "isotropic"}, against="stable"),
+    ),
+)
+
+SHARP = Setting(
+    "5 images, temperature 0.02, Adam 3e-3",
+    n=5,
+    temperature=0.02,
+    learning_rate=3e-3,
+    arms=(
+        Arm("textbook", "textbook"),
+        Arm("textbook + Newton", "textbook", {}, against="textbook"),
+        Arm("stable", "neural_sort", against="textbook"),
+    ),
+)
+
+SETTINGS = (LONG, SHARP)
+
+LEGEND = """\
+textbook: BCELoss on NeuralSort's soft permutation matrix. stable: RankingLoss,
+the same number computed in the log domain. + Newton: NewtonLosses() added to
+the Trainer. isotropic: NewtonLosses(structure="isotropic"), the size of the
+curvature without its directions. difference: to the same loss without the
+callback (second table, stable: to textbook), paired seed by seed, with its 95 %
+interval. seconds: one run with its validation, one thread, {workers} at a time.
+Learning rate and temperature were fixed beforehand, the same in every arm, and
+not tuned for each: tuning can change the order."""

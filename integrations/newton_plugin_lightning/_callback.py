@@ -1,0 +1,223 @@
+"""NewtonLosses: the loss hook, put around ``training_step`` for the length of one ``fit``.
+
+Why there, and not in Lightning's own hooks: ``on_before_backward`` sees a loss that is already divided by
+``accumulate_grad_batches``, and its return value is dropped. Inside ``training_step``, right before it
+returns, the loss is the user's own and its autograd graph is complete. In manual optimization the same moment
+is the entry of ``manual_backward``, once for each loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from newton_plugin import ArgumentError, ArgumentTypeError, Curvature, Damping, LossHook
+from newton_plugin_lightning._bases import CallbackBase
+from newton_plugin_lightning._patch import MethodPatch
+
+__all__ = ["NewtonLosses"]
+
+
+class NewtonLosses(CallbackBase):
+    """Trains with Newton Losses: a second-order step at the loss, then ordinary backpropagation.
+
+    Add it to a Trainer, ``Trainer(callbacks=[NewtonLosses()])``; the LightningModule stays as it is. Where
+    the model's outputs ``y`` meet the loss, the gradient ``g`` of each sample is replaced by the step
+    ``(C + damping I)^-power g``; the network below gets that through its own backward pass, and the optimizer
+    works as before. The value of the loss, and so what is logged, does not change. Validation, test and
+    predict are not touched, and nothing of the callback stays in the module after ``fit``, also if it ends
+    with an exception.
+
+    Works with automatic optimization (a loss returned as a tensor or under the key ``"loss"``) and with
+    manual optimization (losses passed to ``self.manual_backward``). The idea is from Petersen et al., "Newton
+    Losses: Using Curvature Information for Learning with Differentiable Algorithms", NeurIPS 2024.
+
+    Args:
+        curvature: Where C comes from. "fisher": the mean of g g' over the batch, nearly free. "hessian": the
+            second derivative of the loss. "norm": no matrix, each g divided by a smooth norm of itself.
+            "auto": chosen from the loss. Or an instance, such as ``newton_plugin.EmpiricalFisher()``.
+        damping: What is added to C before it is inverted. "auto" needs no tuning: it is relative to C. A
+            positive number is absolute, as in the paper; larger is closer to plain gradient descent. Or an
+            instance, such as ``newton_plugin.AutoDamping(ratio=1.0)``.
+        structure: How much of C is kept. "mean": one matrix for the batch, as in the paper. "per_sample": one
+            for each sample. "isotropic": its mean eigenvalue only; the control that shows whether directions
+            matter.
+        power: 1 for a Newton step, 0.5 for the inverse square root of C (a whitening, as in Adam).
+        reduction: How the loss reduces over the batch, "mean" or "sum".
+        boundary: Where outputs end and the loss begins. "auto": the first operations with parameters, seen
+            from the loss. Or the name of a submodule (its output), the name of the loss (its input), or a
+            list of names.
+        feature_dims: Dimensions of the outputs that belong to one sample; all but the first if not given. For
+            (N, C, H, W) with a loss per pixel: 1.
+        start_step: Leave the first optimizer steps (``trainer.global_step``) plain, as a warm-up.
+        sync: Reserved for distributed training, where C will be averaged over all processes. For now each
+            process uses the C of its own part of the batch, and says so once; false accepts that without the
+            warning.
+        log: Log gradient norm, step norm, extreme eigenvalues of C, damping and fallbacks through the
+            Trainer's logger, as ``newton/...``, every ``log_every_n_steps``.
+
+    Raises:
+        ArgumentError: A value outside its rule, when the callback is made and not first in training.
+        ArgumentTypeError: A value of the wrong type.
+    """
+
+    def __init__(
+        self,
+        *,
+        curvature: Literal["fisher", "hessian", "norm", "auto"] | Curvature = "fisher",
+        damping: float | Literal["auto"] | Damping = "auto",
+        structure: Literal["mean", "per_sample", "isotropic"] = "mean",
+        power: float = 1,
+        reduction: Literal["mean", "sum"] = "mean",
+        boundary: str | list[str] = "auto",
+        feature_dims: int | list[int] | None = None,
+        start_step: int = 0,
+        sync: bool = True,
+        log: bool = True,
+    ) -> None:
+        super().__init__()
+        self.hook = LossHook(
+            curvature=curvature,
+            damping=damping,
+            structure=structure,
+            power=power,
+            reduction=reduction,
+            boundary=boundary,
+            feature_dims=feature_dims,
+        )
+        self.start_step = _check_start_step(start_step)
+        self.sync = _check_flag("sync", sync)
+        # Not `self.log`: Lightning puts the module's own `log` there, on every callback.
+        self.log_diagnostics = _check_flag("log", log)
+        self._initial_state = copy.deepcopy(self.hook.state_dict())
+        self._module: weakref.ref[nn.Module] | None = None
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
+        self._patch: MethodPatch | None = None
+        self._attached = False
+        self._hooked = False
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wrap the steps of this module instance, for ``fit`` only."""
+        if stage != "fit":
+            return
+        self._unwrap()
+        if self.sync and trainer.world_size > 1 and trainer.is_global_zero:
+            warnings.warn(
+                f"NewtonLosses(sync=True) does not average the curvature over {trainer.world_size} processes "
+                "yet: each uses the C of its own part of the batch, so results depend on how the batch is "
+                "split. Pass sync=False to accept that.",
+                stacklevel=2,
+            )
+        if self._module is not None and self._module() is not pl_module:
+            # The running mean of C belongs to the model it was measured on.
+            self.hook.load_state_dict(copy.deepcopy(self._initial_state))
+        self._module = weakref.ref(pl_module)
+
+        def training_step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self._training_step(trainer, pl_module, original, *args, **kwargs)
+
+        def manual_backward(original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._is_on(trainer):
+                self._apply(loss)
+            return original(loss, *args, **kwargs)
+
+        around = {"training_step": training_step, "manual_backward": manual_backward}
+        self._patch = MethodPatch(pl_module, around)
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Put the module back as it was."""
+        self._unwrap()
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same after an error or an interrupt, where Lightning does not call ``teardown``."""
+        self._unwrap()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The running curvature, as plain types and tensors; loads with ``weights_only=True``.
+
+        Never empty, because Lightning skips empty states and then the learning-rate finder, which trains and
+        takes everything back, could not take this back.
+        """
+        return {"hook": self.hook.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.hook.load_state_dict(state_dict["hook"])
+
+    def _is_on(self, trainer: Any) -> bool:
+        # Validation may call the module's own training_step: it is not ours to touch then.
+        return trainer.training and torch.is_grad_enabled() and trainer.global_step >= self.start_step
+
+    def _training_step(self, trainer: Any, module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._hooked = False
+        if not self._is_on(trainer):
+            return original(*args, **kwargs)
+        if not self._attached:
+            # Not in setup: the module's own setup and configure_model may still add layers after it.
+            self.hook.attach(module)
+            self._attached = True
+        log_now = self.log_diagnostics and _logs_this_step(trainer)
+        with self.hook.watch():
+            output = original(*args, **kwargs)
+        if module.automatic_optimization:
+            self._apply(output.get("loss") if isinstance(output, Mapping) else output)
+        if log_now and self._hooked:
+            values = {f"newton/{name}": value for name, value in self.hook.diagnostics().items()}
+            module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        return output
+
+    def _apply(self, loss: Any) -> None:
+        if isinstance(loss, Tensor):  # None skips the step; anything else is for Lightning to refuse
+            self.hook(loss)
+            self._hooked = True
+
+    def _unwrap(self) -> None:
+        if self._patch is not None:
+            self._patch.remove()
+        self.hook.detach()
+        self._forget_fit()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are callbacks that are not in any ``fit``."""
+        left_out = ("log", "log_dict")  # set by Lightning, bound to the module
+        state = {name: value for name, value in vars(self).items() if name not in left_out}
+        return {**state, "_patch": None, "_module": None, "_attached": False}
+
+
+def _logs_this_step(trainer: Any) -> bool:
+    """True where Lightning's logger writes after this step: reading diagnostics waits for the device."""
+    every = trainer.log_every_n_steps
+    if not trainer.loggers or trainer.barebones or every == 0:
+        return False
+    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    return (stepped + 1) % every == 0
+
+
+def _check_start_step(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(
+            f"start_step must be a number of optimizer steps, an integer; got {value!r} of type {type(value).__name__}."
+        )
+    if value < 0:
+        raise ArgumentError(f"start_step must be 0 (from the beginning) or positive; got {value!r}.")
+    return value
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name} must be True or False; got {value!r} of type {type(value).__name__}.")
+    return value

@@ -1,0 +1,171 @@
+"""Reading PyTorch's autograd graph: nodes, edges and what can be known of them without running anything.
+
+An *edge* (node, index) is one tensor of the forward pass, seen from behind: the index-th output of the
+operation whose backward is ``node``. The *consumers* of an edge are the operations that used the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, Node
+
+__all__ = [
+    "Boundary",
+    "Consumers",
+    "Edge",
+    "LossGraph",
+    "children",
+    "edge_shape",
+    "explore",
+    "is_leaf",
+    "is_preconditioned",
+    "make_boundary",
+    "mark_preconditioned",
+    "operation",
+    "upstream_edges",
+]
+
+Edge = tuple[Node, int]
+Consumers = dict[Edge, list[tuple[Node, int]]]
+
+_MARK = "newton_plugin"
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where a tensor of outputs meets the loss.
+
+    Attributes:
+        name: what the user would call it.
+        edge: the outputs, as an input for ``torch.autograd.grad``.
+        shape, dtype, device: of the outputs.
+        consumers: the operations of the loss that use the outputs, each with the positions among its inputs.
+    """
+
+    name: str
+    edge: GradientEdge
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    consumers: tuple[tuple[Node, tuple[int, ...]], ...]
+
+
+@dataclass
+class LossGraph:
+    """The part of the graph between a loss and the places where a walk stopped.
+
+    Attributes:
+        consumers: of every edge seen.
+        stops: edges where the walk stopped, in the order met.
+        preconditioned: nodes inside that already carry a Newton step of their own.
+        nodes: every node walked through, in order, the loss's own first.
+    """
+
+    consumers: Consumers = field(default_factory=dict)
+    stops: list[Edge] = field(default_factory=list)
+    preconditioned: list[Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+
+
+def operation(node: Node) -> str:
+    """The name of the operation: "AddmmBackward0" -> "Addmm"."""
+    return node.name().rsplit("::", 1)[-1].split("Backward")[0]
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether the node stands for a leaf tensor: a parameter, or an input that requires grad."""
+    return hasattr(node, "variable")
+
+
+def children(node: Node) -> Iterator[Edge]:
+    """The edges of the inputs that require grad."""
+    for child, index in node.next_functions:
+        if child is not None:
+            yield child, index
+
+
+def edge_metadata(edge: Edge) -> Any:
+    """Shape, dtype and device of the tensor behind an edge."""
+    node, index = edge
+    return node.variable if is_leaf(node) else node._input_metadata[index]  # type: ignore[attr-defined]
+
+
+def edge_shape(edge: Edge) -> tuple[int, ...]:
+    """The shape of the tensor behind an edge."""
+    return tuple(edge_metadata(edge).shape)
+
+
+def explore(root: Node, stop: Callable[[Edge], bool], skip: Callable[[Node], bool] | None = None) -> LossGraph:
+    """Walk from the loss towards its inputs, not beyond ``stop`` edges nor into ``skip`` nodes."""
+    graph = LossGraph(nodes=[root])
+    visited, stopped = {root}, set()
+    for node in graph.nodes:  # grows while walked
+        for position, (child, index) in enumerate(node.next_functions):
+            if child is None or (skip is not None and skip(child)):
+                continue
+            edge = (child, index)
+            graph.consumers.setdefault(edge, []).append((node, position))
+            if edge in stopped:
+                continue
+            if stop(edge):
+                stopped.add(edge)
+                graph.stops.append(edge)
+            elif child not in visited:
+                visited.add(child)
+                if is_preconditioned(child):
+                    graph.preconditioned.append(child)
+                else:
+                    graph.nodes.append(child)
+    return graph
+
+
+def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
+    """Those of ``wanted`` that ``start`` was computed from."""
+    wanted = set(wanted)
+    # A node is younger than everything it was computed from: nothing older than the oldest wanted matters.
+    oldest = min((node._sequence_nr() for node, _ in wanted if not is_leaf(node)), default=0)
+    found: set[Edge] = set()
+    visited, stack = {start[0]}, [start[0]]
+    while stack:
+        for edge in children(stack.pop()):
+            if edge in wanted:
+                found.add(edge)
+            node = edge[0]
+            if node not in visited and not is_leaf(node) and node._sequence_nr() >= oldest:
+                visited.add(node)
+                stack.append(node)
+    return found
+
+
+def make_boundary(name: str, edge: Edge, consumers: Consumers) -> Boundary:
+    """Gather what is known of an edge."""
+    metadata = edge_metadata(edge)
+    grouped: dict[Node, list[int]] = {}
+    for node, position in consumers.get(edge, ()):
+        grouped.setdefault(node, []).append(position)
+    return Boundary(
+        name,
+        GradientEdge(*edge),
+        tuple(metadata.shape),
+        metadata.dtype,
+        torch.device(metadata.device),
+        tuple((node, tuple(positions)) for node, positions in grouped.items()),
+    )
+
+
+def mark_preconditioned(node: Node) -> None:
+    """Note on a loss's node that its gradient is the surrogate's, so that no second step is taken."""
+    _metadata(node)[_MARK] = True
+
+
+def is_preconditioned(node: Node) -> bool:
+    """Whether :func:`mark_preconditioned` was here."""
+    return _MARK in _metadata(node)
+
+
+def _metadata(node: Node) -> dict[str, Any]:
+    return node.metadata  # type: ignore[return-value]  # a property that torch annotates as a method

@@ -1,0 +1,197 @@
+"""First and second derivatives of a loss that has already been computed, and its Newton step.
+
+Both doors of the package meet here: a wrapped loss function and a hooked loss tensor are, once the loss has been
+evaluated, the same live graph. Differentiating *that* graph, and not a second evaluation of a function, keeps
+dropout masks and random samples the same in value, gradient and Hessian, and asks nothing of the loss but that
+autograd can differentiate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature import HVP
+from newton_plugin._errors import ShapeError
+from newton_plugin._graph import Boundary, mark_preconditioned
+from newton_plugin._hessian import HessianUnavailable
+from newton_plugin._rows import RowLayout
+from newton_plugin._rule import RuleSettings, StepRule
+from newton_plugin._surrogate import splice
+
+__all__ = ["BoundaryStep", "precondition", "take_steps"]
+
+Scaling = Literal["mean", "sum", "per_row"]
+
+
+@dataclass
+class BoundaryStep:
+    """The step of one boundary.
+
+    Attributes:
+        layout: between the outputs and their rows.
+        gradient: per-sample gradients, rows (N, m), in the dtype of the outputs.
+        step: rows (N, m), in the working dtype.
+    """
+
+    layout: RowLayout
+    gradient: Tensor
+    step: Tensor
+
+
+def take_steps(
+    loss: Tensor,
+    boundaries: Sequence[Boundary],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+    hvp: HVP | None = None,
+) -> tuple[list[BoundaryStep], Scaling]:
+    """The Newton step at each boundary of a live loss.
+
+    Args:
+        loss: one number, or one for each row of a single boundary (an unreduced loss).
+        boundaries: where outputs meet the loss; each gets a curvature of its own.
+        rules: one for each boundary.
+        settings: reduction and feature dimensions.
+        hvp: a closed form for the Hessian of a single boundary, in place of double backward.
+    """
+    layouts = [RowLayout(b.shape, settings.features) for b in boundaries]
+    scaling = _scaling(loss, layouts, settings)
+    twice = settings.needs_hessian and hvp is None
+    steps = []
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients, cause = _gradients(loss, boundaries, layouts, scaling, twice)
+        for boundary, layout, rule, gradient in zip(boundaries, layouts, rules, gradients, strict=True):
+            rows = layout.to_rows(gradient.detach())
+            product = _double_backward(gradient, boundary, layout, rule, cause) if twice else hvp
+            # An empty batch has no curvature; its empty gradient is its step.
+            step = rule(rows, product).step if layout.rows else rows
+            steps.append(BoundaryStep(layout, rows, step))
+    return steps, scaling
+
+
+def precondition(
+    loss: Tensor,
+    boundaries: Sequence[Boundary],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+    hvp: HVP | None = None,
+) -> None:
+    """:func:`take_steps`, and make every backward pass through ``loss`` send them."""
+    steps, scaling = take_steps(loss, boundaries, rules, settings, hvp)
+    splice(loss, boundaries, [_replacement(s.step, s.layout, scaling) for s in steps])
+    assert loss.grad_fn is not None
+    mark_preconditioned(loss.grad_fn)
+
+
+def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
+    if loss.numel() == 1:
+        return settings.reduction
+    if len(layouts) == 1 and loss.numel() == layouts[0].rows:
+        return "per_row"
+    raise ShapeError(
+        f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
+        f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
+    )
+
+
+def _gradients(
+    loss: Tensor,
+    boundaries: Sequence[Boundary],
+    layouts: Sequence[RowLayout],
+    scaling: Scaling,
+    twice: bool,
+) -> tuple[list[Tensor], str]:
+    """Per-sample gradients in the shape of the outputs, and why they cannot be differentiated again.
+
+    The seed N (for a mean) is given to backward and not multiplied afterwards: in half precision the gradients
+    of a mean underflow.
+    """
+    seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
+    if loss.dtype == torch.float16:
+        seed = min(seed, 1024)
+    edges = [b.edge for b in boundaries]
+    cause = ""
+
+    def grad(create_graph: bool) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(
+                loss,
+                edges,
+                torch.full_like(loss, seed),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+
+    try:
+        raw = grad(twice)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not twice:
+            raise
+        raw, cause = grad(False), _first_line(error)
+    gradients = []
+    for value, boundary, layout in zip(raw, boundaries, layouts, strict=True):
+        if value is None:
+            gradients.append(torch.zeros(boundary.shape, dtype=boundary.dtype, device=boundary.device))
+        elif scaling == "mean" and layout.rows != seed:
+            gradients.append(value * (layout.rows / seed))
+        else:
+            gradients.append(value)
+    return gradients, cause
+
+
+def _double_backward(gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str) -> HVP:
+    def run(probes: Tensor, batched: bool) -> Tensor:
+        (product,) = torch.autograd.grad(
+            gradient, boundary.edge, probes, is_grads_batched=batched, retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(probes) if product is None else product
+
+    def hvp(vectors: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            raise HessianUnavailable(
+                cause
+                or "the gradient does not depend on the outputs (a piecewise linear loss, or one that is "
+                "differentiable only once)"
+            )
+        probes = layout.from_rows(vectors).to(gradient.dtype)
+        if rule.batched_probes:
+            try:
+                return layout.to_rows(run(probes, True)).to(vectors)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                rule.batched_probes = False  # an operation without a batching rule: one probe at a time
+        try:
+            products = torch.stack([run(probe, False) for probe in probes])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise HessianUnavailable(_first_line(error)) from error
+        return layout.to_rows(products).to(vectors)
+
+    return hvp
+
+
+def _replacement(step: Tensor, layout: RowLayout, scaling: Scaling) -> Callable[[Tensor], Tensor]:
+    """From the gradient that arrives at the loss to the gradient of the outputs."""
+
+    def replacement(scale: Tensor) -> Tensor:
+        scale = scale.to(step.dtype)
+        if scaling == "per_row":
+            return layout.from_rows(step * scale.reshape(-1, 1))
+        weight = scale.reshape(()) / layout.rows if scaling == "mean" else scale.reshape(())
+        return layout.from_rows(step * weight)
+
+    return replacement
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,102 @@
+"""Which dimensions of the outputs are samples and which are features.
+
+Outputs of any shape are seen as ``N`` rows of ``m`` features. By default the first dimension is the batch
+and everything behind it one row: (N, C, H, W) has rows of C*H*W features. ``feature_dims`` names the feature
+dimensions instead: ``feature_dims=1`` makes (N, C, H, W) into N*H*W rows of C features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError
+
+__all__ = ["RowLayout", "check_feature_dims"]
+
+
+def check_feature_dims(feature_dims: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return ``feature_dims`` as a tuple (None stays None); raise where it is neither."""
+    if feature_dims is None:
+        return None
+    dims = (feature_dims,) if isinstance(feature_dims, int) else tuple(feature_dims)
+    if not all(isinstance(d, int) and not isinstance(d, bool) for d in dims):
+        raise ArgumentTypeError(
+            f"feature_dims must be None, an integer or a sequence of integers; got {feature_dims!r}."
+        )
+    if not dims:
+        raise ArgumentError("feature_dims must name at least one dimension; got an empty sequence.")
+    return dims
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The two-way map between outputs of shape ``shape`` and rows (N, m).
+
+    Args:
+        shape: shape of the outputs, with at least one dimension.
+        feature_dims: the feature dimensions, or None for "everything but the first".
+
+    Raises:
+        ShapeError: outputs without dimensions, or dimensions that do not exist.
+    """
+
+    shape: tuple[int, ...]
+    feature_dims: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) == 0:
+            raise ShapeError(
+                "outputs must have a batch dimension first, (N, ...); got a tensor without dimensions. "
+                "Pass the outputs that enter the loss, not the loss itself."
+            )
+        if self.feature_dims is not None:
+            ndim = len(self.shape)
+            wrapped = [d + ndim if d < 0 else d for d in self.feature_dims]
+            if any(not 0 <= d < ndim for d in wrapped) or len(set(wrapped)) < len(wrapped):
+                raise ShapeError(
+                    f"feature_dims must name different dimensions of the outputs; got {self.feature_dims} "
+                    f"for outputs of shape {self.shape}."
+                )
+
+    @property
+    def _features(self) -> list[int]:
+        if self.feature_dims is None:
+            return list(range(1, len(self.shape)))
+        return sorted(d % len(self.shape) for d in self.feature_dims)
+
+    @property
+    def _samples(self) -> list[int]:
+        features = self._features
+        return [d for d in range(len(self.shape)) if d not in features]
+
+    @property
+    def rows(self) -> int:
+        """N, the number of samples."""
+        return math.prod(self.shape[d] for d in self._samples)
+
+    @property
+    def features(self) -> int:
+        """m, the number of features of a sample."""
+        return math.prod(self.shape[d] for d in self._features)
+
+    def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(..., *shape) -> (..., N, m), any number of leading dimensions."""
+        lead = tensor.ndim - len(self.shape)
+        if self.feature_dims is not None:
+            order = [*range(lead), *(lead + d for d in self._samples), *(lead + d for d in self._features)]
+            tensor = tensor.permute(order)
+        return tensor.reshape(*tensor.shape[:lead], self.rows, self.features)
+
+    def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """(..., N, m) -> (..., *shape), the inverse of :meth:`to_rows`."""
+        lead = rows.ndim - 2
+        if self.feature_dims is None:
+            return rows.reshape(*rows.shape[:lead], *self.shape)
+        order = [*self._samples, *self._features]
+        tensor = rows.reshape(*rows.shape[:lead], *(self.shape[d] for d in order))
+        back = [order.index(d) for d in range(len(order))]
+        return tensor.permute([*range(lead), *(lead + d for d in back)])

@@ -1,0 +1,203 @@
+"""One boundary's rule: curvature, damping, their running state, and what went wrong so far."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature import (
+    HVP,
+    STRUCTURES,
+    Curvature,
+    CurvatureStep,
+    EmpiricalFisher,
+    SoftNormalization,
+    Structure,
+    check_power,
+)
+from newton_plugin._damping import Damping, resolve_damping
+from newton_plugin._errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NonFiniteError,
+    SingularCurvatureError,
+    check_choice,
+)
+from newton_plugin._hessian import AutoCurvature, Hessian
+from newton_plugin._rows import check_feature_dims
+from newton_plugin._solve import working_dtype
+
+__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule"]
+
+CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
+Reduction = Literal["mean", "sum"]
+OnNonfinite = Literal["keep", "raise"]
+_CURVATURES = ("fisher", "hessian", "norm", "auto")
+
+
+def resolve_curvature(curvature: object, structure: Any, power: Any) -> Curvature:
+    """A name or an instance, as an instance."""
+    check_choice("structure", structure, STRUCTURES)
+    power = check_power(power)
+    if isinstance(curvature, str):
+        check_choice("curvature", curvature, _CURVATURES)
+        if curvature == "norm":
+            return SoftNormalization()
+        kind = {"fisher": EmpiricalFisher, "hessian": Hessian, "auto": AutoCurvature}[curvature]
+        return kind(structure, power)
+    if isinstance(curvature, Curvature) and not isinstance(curvature, type):
+        if structure != "mean" or power != 1:
+            raise ArgumentError(
+                f"structure and power belong to the instance when curvature is one; got {curvature!r} with "
+                f"structure={structure!r}, power={power:g}. Give them to its constructor."
+            )
+        return copy.deepcopy(curvature)
+    raise ArgumentTypeError(
+        f"curvature must be one of {', '.join(map(repr, _CURVATURES))} or an instance such as npl.Hessian(); "
+        f"got {curvature!r} of type {type(curvature).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """The arguments that all entrances share, validated once; :meth:`build` makes a rule for one boundary."""
+
+    curvature: CurvatureName | Curvature = "fisher"
+    damping: float | Literal["auto"] | Damping = "auto"
+    structure: Structure = "mean"
+    power: float = 1
+    reduction: Reduction = "mean"
+    feature_dims: int | Sequence[int] | None = None
+    on_nonfinite: OnNonfinite = "keep"
+
+    def __post_init__(self) -> None:
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("keep", "raise"))
+        object.__setattr__(self, "feature_dims", check_feature_dims(self.feature_dims))
+        self.build()
+
+    def build(self) -> StepRule:
+        """A rule with a running state of its own."""
+        return StepRule(
+            resolve_curvature(self.curvature, self.structure, self.power),
+            copy.deepcopy(resolve_damping(self.damping)),
+            self.on_nonfinite,
+        )
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether the loss has to be differentiated twice."""
+        if isinstance(self.curvature, str):
+            return self.curvature in ("hessian", "auto")
+        return self.curvature.needs_hessian
+
+    @property
+    def features(self) -> tuple[int, ...] | None:
+        """The feature dimensions as a tuple."""
+        return check_feature_dims(self.feature_dims)
+
+    def describe(self) -> str:
+        """The arguments that differ from their defaults, for ``repr``."""
+        defaults = RuleSettings.__dataclass_fields__
+        shown = {k: getattr(self, k) for k in defaults}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if v != defaults[k].default)
+
+
+@dataclass
+class StepRule:
+    """From the gradients of one boundary to their step, whatever happens.
+
+    A gradient that is not finite stays as it is, so that a GradScaler still sees it and skips the step; so
+    does one whose C could not be inverted. Both are counted on the device, without waiting for it.
+    """
+
+    curvature: Curvature
+    damping: Damping
+    on_nonfinite: OnNonfinite = "keep"
+    last: CurvatureStep | None = None
+    last_gradient: Tensor | None = None
+    batched_probes: bool = True
+    _structural_fallbacks: int = 0
+    _kept: Tensor | None = None
+    _zero: Tensor | None = None
+    _reported: set[str] = field(default_factory=set)
+
+    @torch.no_grad()
+    def __call__(self, gradient: Tensor, hvp: HVP | None) -> CurvatureStep:
+        """Rows (N, m) of any floating dtype in; the step in the working dtype out."""
+        gradient = gradient.to(working_dtype(gradient.device))
+        with torch.autocast(gradient.device.type, enabled=False):
+            result = self.curvature.step(gradient, hvp, self.damping)
+        fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()
+        if self.on_nonfinite == "raise" and not bool(fine):
+            self._raise(gradient, result)
+        result.step = torch.where(fine, result.step, gradient)
+        self._count(fine, result)
+        self.last, self.last_gradient = result, gradient
+        return result
+
+    def _raise(self, gradient: Tensor, result: CurvatureStep) -> None:
+        bad = int((~torch.isfinite(gradient)).any(-1).sum())
+        if bad:
+            raise NonFiniteError(
+                f"the gradient of the loss with respect to the outputs is not finite in {bad} of "
+                f"{gradient.shape[0]} samples. Look at the loss at these outputs, or pass on_nonfinite='keep' "
+                "to leave such gradients as they are."
+            )
+        raise SingularCurvatureError(
+            f"C + damping * I could not be inverted with damping {float(result.damping):.3g}: C is singular or "
+            "not finite, and the damping too small against it. Raise the damping, or use damping='auto'."
+        )
+
+    def _count(self, fine: Tensor, result: CurvatureStep) -> None:
+        kept = (~fine).to(torch.int64)
+        self._kept = kept if self._kept is None else self._kept.to(kept.device) + kept
+        if result.fallback:
+            self._structural_fallbacks += 1
+            self._report(result.fallback)
+        elif result.zero_hessian is not None:
+            zero = result.zero_hessian.to(torch.int64)
+            self._zero = zero if self._zero is None else self._zero.to(zero.device) + zero
+            if zero.device.type == "cpu":  # elsewhere a look would wait for the device
+                self._report_zero()
+
+    def _report_zero(self) -> None:
+        if self._zero is not None and int(self._zero):
+            self._report("the Hessian is zero at these outputs, as that of a piecewise linear loss")
+
+    def _report(self, reason: str) -> None:
+        """One warning for each cause."""
+        if reason not in self._reported:
+            self._reported.add(reason)
+            warnings.warn(
+                f"newton_plugin uses the empirical Fisher in place of {self.curvature!r}: {reason}.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def fallbacks(self) -> int:
+        """Batches so far that kept their plain gradient or used Fisher in place of the Hessian. Waits."""
+        self._report_zero()
+        return sum(int(c) for c in (self._kept, self._zero) if c is not None) + self._structural_fallbacks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running means and counters, as plain types and tensors."""
+        return {
+            "curvature": self.curvature.state_dict(),
+            "structural_fallbacks": self._structural_fallbacks,
+            "kept": self._kept,
+            "zero": self._zero,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.curvature.load_state_dict(state["curvature"])
+        self._structural_fallbacks = state["structural_fallbacks"]
+        self._kept, self._zero = state["kept"], state["zero"]

@@ -1,0 +1,100 @@
+"""NeuralSort: sorting written as n softmaxes, one per rank.
+
+The sum of the k largest of n numbers is ``min_v k v + sum_j max(s_j - v, 0)``, so the element of a given rank
+is an argmax over the list of a function that is linear in the scores and in their absolute differences.
+NeuralSort softens each of these argmaxes. With ranks i = 1..n counted from the smallest::
+
+    z_ij = ((2i - n - 1) s_j - sum_k |s_j - s_k|) / temperature        P = softmax over j
+
+(the paper writes it for descending order, with n + 1 - 2i). Each row of ``P`` sums to one; the columns do
+not, so two ranks may claim the same element.
+
+**Rounding.** In sorted order the logit of the element at position r in row i is, relative to the row's
+maximum, ``-(|s_r - s_i| + 2 sum_{k between} |s_r - s_k|)/temperature``: small differences of neighbours
+decide, but the formula takes them from sums of n large numbers. For float32 scores of 1e4 and a temperature
+of 0.1 these are 1e6, whose float32 spacing is 0.06. The logits are therefore formed and subtracted in float64
+(float32 where the device has none) and cast back only as differences.
+
+**Ties.** ``|s_j - s_k|`` has a kink at a tie; there the derivative is taken as 0, the mean of both sides, so
+that tied elements are treated alike whatever their place in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from newton_plugin._errors import ShapeError, check_floating, check_positive
+from newton_plugin.algorithms._log_domain import log_softmax_and_complement, wide
+
+__all__ = ["NeuralSort", "neural_sort"]
+
+
+def neural_sort(scores: Tensor, temperature: float) -> Tensor:
+    r"""Soft permutation matrix of ``scores``, ascending.
+
+    .. math:: P_i = \operatorname{softmax}_j\big(((2i - n - 1) s_j - \textstyle\sum_k |s_j - s_k|)/\tau\big)
+
+    Args:
+        scores: (..., n), floating point.
+        temperature: sharpness, > 0; towards 0, ``P @ scores`` becomes ``torch.sort(scores)``.
+
+    Returns:
+        P: (..., n, n), rows are ranks (smallest first) and sum to one, columns are the elements of
+        ``scores``; same dtype as ``scores``.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: temperature is not a positive number; scores are not floating point.
+        ShapeError: scores have no list dimension.
+
+    Source: Grover, Wang, Zweig, Ermon, "Stochastic optimization of sorting networks via continuous
+    relaxations", ICLR 2019, equation 5 (there descending).
+
+    Three scores that are not in order; the temperature is small, so P is a permutation matrix:
+
+    >>> x = torch.tensor([3.0, 1.0, 2.0])
+    >>> P = neural_sort(x, temperature=0.01)
+    >>> (P @ x).tolist()
+    [1.0, 2.0, 3.0]
+
+    Two scores: the difference of the logits is 2 (s_2 - s_1)/temperature, minus the two terms |s_1 - s_2|
+    that cancel, so row 1 is the logistic function of the difference over the temperature:
+
+    >>> P = neural_sort(torch.tensor([0.0, 1.0], dtype=torch.float64), temperature=1.0)
+    >>> torch.allclose(P[0, 0], torch.sigmoid(torch.tensor(1.0, dtype=torch.float64)))
+    True
+    """
+    return NeuralSort(temperature)(scores)
+
+
+class NeuralSort:
+    """NeuralSort at a fixed temperature, as a method object: P, or its logarithms."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = check_positive("temperature", temperature, "Smaller is sharper, e.g. 0.1.")
+
+    def __repr__(self) -> str:
+        return f"NeuralSort(temperature={self.temperature})"
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """P: scores (..., n) -> (..., n, n)."""
+        z = self._logits(scores)
+        return torch.softmax((z - z.detach().amax(-1, keepdim=True)).to(scores.dtype), dim=-1)
+
+    def log_probabilities(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""
+        return log_softmax_and_complement(self._logits(scores))
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        check_floating("scores", scores)
+        if scores.ndim == 0 or scores.shape[-1] == 0:
+            raise ShapeError(
+                f"scores must have shape (..., n) with n >= 1; got {tuple(scores.shape)}. "
+                "Put the list in the last dimension."
+            )
+        s = wide(scores)
+        s = s - s.detach().amin(-1, keepdim=True)  # P does not depend on a shift; small numbers round less
+        n = s.shape[-1]
+        distance = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
+        coefficient = torch.arange(1 - n, n, 2, device=s.device, dtype=s.dtype).unsqueeze(-1)
+        return (coefficient * s.unsqueeze(-2) - distance.unsqueeze(-2)) / self.temperature
