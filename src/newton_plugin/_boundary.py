@@ -139,6 +139,8 @@ class GraphCut:
             if len(leaves.stops) == 1 and edge_shape(leaves.stops[0]):
                 graph = leaves
                 named = {leaves.stops[0]: self._names.get(id(_variable(leaves.stops[0][0])), "leaf")}
+            else:
+                return Cut([], seen=_describe(leaves))
         edges = _towards_loss(named, graph)
         already = _edges_below(graph.preconditioned, stop, skip)
         return boundaries_at(edges, graph, already)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.cases import CURVATURES, LOSSES, MODULES, STRUCTURES, Case, IntermediateOutput
+from tests.twins import gradients_and_hessians, relative_error, step
 from torch import Tensor
 
 import newton_plugin as npl
-from tests.cases import CURVATURES, LOSSES, MODULES, STRUCTURES, Case, IntermediateOutput
-from tests.twins import gradients_and_hessians, relative_error, step
 
 DAMPING = 0.05
 OPTIONS = [(c, s, p) for c in CURVATURES for s in STRUCTURES for p in (1, 0.5) if c != "norm" or (s, p) == ("mean", 1)]
@@ -110,7 +110,7 @@ def test_three_entrances_agree_on_every_loss(name: str, options: tuple[str, str,
         weight = torch.ones(3, 3, dtype=torch.float64).triu().requires_grad_()
         if y.shape[1] != 3:
             weight = torch.eye(y.shape[1], dtype=torch.float64).requires_grad_()
-        raw = torch.linalg.solve(weight.detach(), y.T).T
+        raw = torch.linalg.solve(weight.detach().T, y.T).T  # so that raw @ weight is y
         outputs = raw @ weight
         (door(outputs, target) * 8).backward()
         assert relative_error(weight.grad, raw.T @ expected * (8 / len(y))) <= 1e-9

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tests.cases import CLASSES, FEATURES, Case
+from tests.twins import gradients_and_hessians, step
 from torch import Tensor, nn
 
 import newton_plugin as npl
-from tests.cases import CLASSES, FEATURES, Case
-from tests.twins import gradients_and_hessians, step
 
 Batch = tuple[Tensor, Tensor]
 DAMPING = 0.05

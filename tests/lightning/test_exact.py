@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from newton_plugin_lightning import NewtonLosses
 from tests.cases import CURVATURES, MODULES, STRUCTURES, Case, Functional, TwoHeads
 from tests.lightning.fits import (
     DAMPING,
@@ -23,6 +20,9 @@ from tests.lightning.fits import (
     trainer,
 )
 from tests.twins import gradients_and_hessians, relative_error, step
+from torch import Tensor
+
+from newton_plugin_lightning import NewtonLosses
 
 OPTIONS = [(c, s) for c in CURVATURES for s in STRUCTURES if c != "norm" or s == "mean"]
 pytestmark = pytest.mark.filterwarnings("ignore:newton_plugin leaves one boundary out:UserWarning")
@@ -40,9 +40,7 @@ def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
 
 @pytest.mark.parametrize("options", OPTIONS, ids="-".join)
 @pytest.mark.parametrize("make", MODULES, ids=lambda c: c.__name__)
-def test_every_module_moves_by_the_surrogates_gradient(
-    pl: Any, make: type[Case], options: tuple[str, str]
-) -> None:
+def test_every_module_moves_by_the_surrogates_gradient(pl: Any, make: type[Case], options: tuple[str, str]) -> None:
     """Functional, criterion, inline algorithm, two heads, dict, intermediate output; accumulation 1 and 4."""
     for accumulate in (1, 4):
         batches = batches_of(make, accumulate)
@@ -215,9 +213,7 @@ class TestManualOptimization:
             optimizer.step()
 
     def module(self, pl: Any, **attributes: Any) -> Any:
-        return case_module(
-            pl, Functional, training_step=self.training_step, automatic_optimization=False, **attributes
-        )
+        return case_module(pl, Functional, training_step=self.training_step, automatic_optimization=False, **attributes)
 
     def test_manual_backward_is_hooked(self, pl: Any) -> None:
         batches = batches_of(Functional, 1)

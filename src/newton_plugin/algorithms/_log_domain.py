@@ -27,12 +27,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["log_softmax_and_complement", "wide"]
+__all__ = ["log_softmax_and_complement", "log_zero", "wide"]
 
 
 def wide(tensor: Tensor) -> Tensor:
     """``tensor`` in float64, or in float32 where the device has no float64."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def log_zero(tensor: Tensor) -> float:
+    """The logarithm that stands for the probability 0: finite, and below every real one, in this dtype."""
+    return -1e300 if tensor.dtype == torch.float64 else -1e30
 
 
 def log_softmax_and_complement(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +56,12 @@ def log_softmax_and_complement(logits: Tensor) -> tuple[Tensor, Tensor]:
     z1, z2 = logits.gather(-1, two[..., :1]), logits.gather(-1, two[..., 1:])
 
     x = torch.exp((logits - z2).masked_fill(first | second, -torch.inf))
-    log_rest = (z2 - z1) + torch.log1p(x.sum(-1, keepdim=True))
-    rest = torch.exp(log_rest)
+    tail = x.sum(-1, keepdim=True)
+    gap = z2 - z1
+    ratio = torch.exp(gap)
+    rest = ratio * (1 + tail)
     log_total = torch.log1p(rest)
-    not_first = torch.where(second, 1.0, x) * (torch.exp(z2 - z1) / (1 + rest))
+    not_first = torch.where(second, 1.0, x) * (ratio / (1 + rest))
     log_p = (logits - z1).masked_fill(first, 0.0) - log_total
-    log_q = torch.where(first, log_rest - log_total, torch.log1p(-not_first))
+    log_q = torch.where(first, gap + torch.log1p(tail) - log_total, torch.log1p(-not_first))
     return log_p, log_q

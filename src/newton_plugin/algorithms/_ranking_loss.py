@@ -5,34 +5,20 @@ permutation matrix ``T``. The loss is the mean binary cross-entropy of the n*n e
 
     -1/n^2 sum_ij  T_ij log P_ij + (1 - T_ij) log(1 - P_ij)
 
-Both logarithms come from the method itself, never from ``P``: see ``_log_domain``.
+Both logarithms come from the method itself, never from ``P``: see ``_log_domain`` and ``_sorting_network``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentTypeError, ShapeError, check_choice, check_floating
-from newton_plugin.algorithms._neural_sort import NeuralSort, neural_sort
+from newton_plugin.algorithms._methods import LogProbabilities, Method, matrix, resolve
 
-__all__ = ["LogProbabilities", "RankingLoss"]
-
-
-@runtime_checkable
-class LogProbabilities(Protocol):
-    """What RankingLoss asks of a method that is to be stable."""
-
-    def log_probabilities(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """``(log P, log(1 - P))``, each (..., n, n), from scores (..., n)."""
-        ...
-
-
-_METHODS: dict[str, Callable[..., LogProbabilities]] = {"neural_sort": NeuralSort}
-_BY_FUNCTION: dict[Any, str] = {neural_sort: "neural_sort"}
+__all__ = ["RankingLoss"]
 
 
 class RankingLoss(torch.nn.Module):
@@ -41,16 +27,18 @@ class RankingLoss(torch.nn.Module):
     .. math:: \ell = -\frac1{n^2}\sum_{ij} T_{ij}\log P_{ij} + (1 - T_{ij})\log(1 - P_{ij})
 
     Args:
-        method: ``"neural_sort"`` (or the function itself), with its keyword arguments; an object with a
-            method ``log_probabilities(scores) -> (log P, log(1 - P))``; or any callable ``scores -> P``. Only
-            the last is not in the log domain: it gets PyTorch's ``binary_cross_entropy`` on ``P``, which
-            clips logarithms at -100 and whose float32 gradients explode on saturated wrong orders.
+        method: ``"neural_sort"``, ``"soft_sort"``, ``"sorting_network"`` (or the function or class itself),
+            with keyword arguments; an object with a method ``log_probabilities(scores) -> (log P, log(1 -
+            P))``, such as a ``SortingNetwork``; or any callable ``scores -> P``. Only the last is not in the
+            log domain: it gets PyTorch's ``binary_cross_entropy`` on ``P``, which clips logarithms at -100
+            and whose float32 gradients explode on saturated wrong orders.
         reduction: ``"mean"`` or ``"sum"`` over the lists, or ``"none"`` (one value per list).
-        **kwargs: given to the method, e.g. ``temperature=0.1``.
+        **kwargs: given to the method, e.g. ``temperature=0.1`` or ``layout="bitonic", steepness=20.0``.
 
-    Shapes:
-        scores (..., n), ranks (..., n) integers, 0 = smallest; the result is a scalar, or (...,) for
-        ``"none"``.
+    Call it with scores (..., n), ranks (..., n), integers with 0 = smallest, and, for lists of different
+    lengths in one batch, a boolean mask (..., n) that is true where there is an element. Masked entries may
+    hold anything; each list then has the loss it has alone (its own n*n), and every list counts the same. The
+    result is a scalar, or (...,) for ``"none"``, in the dtype of the scores (float32 for half precision).
 
     **Ties in the ranks** (``[0, 1, 1, 3]``, or ``[0, 1, 1, 2]``: only the order of the integers counts).
     ``T`` is then the mean over all orders that break the ties, so the loss is the expected loss under a
@@ -74,61 +62,53 @@ class RankingLoss(torch.nn.Module):
     1000000.0
     """
 
-    def __init__(
-        self,
-        method: str | LogProbabilities | Callable[..., Tensor] = "neural_sort",
-        *,
-        reduction: str = "mean",
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, method: Method = "neural_sort", *, reduction: str = "mean", **kwargs: Any) -> None:
         super().__init__()
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         self.reduction = reduction
-        self.method = _build(method, kwargs)
+        self.method = resolve(method, kwargs)
 
     def extra_repr(self) -> str:
-        return f"{self.method!r}, reduction={self.reduction!r}"
+        own = "" if isinstance(self.method, torch.nn.Module) else f"{self.method!r}, "
+        return f"{own}reduction={self.reduction!r}"
 
-    def forward(self, scores: Tensor, ranks: Tensor) -> Tensor:
+    def forward(self, scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of ``scores`` (..., n) given ``ranks`` (..., n)."""
-        _check(scores, ranks)
-        n = scores.shape[-1]
-        if n == 1:
-            entries = 0.0 * scores.unsqueeze(-1)  # one element is always in order
+        _check(scores, ranks, mask)
+        if scores.shape[-1] == 1:
+            loss = 0.0 * torch.nan_to_num(scores.squeeze(-1))  # one element is always in order
+        elif mask is None:
+            loss = self._entries(scores, _targets(ranks)).mean((-2, -1))
         else:
-            entries = self._entries(scores, _targets(ranks))
-        loss = entries.sum((-2, -1)) / n**2
+            loss = self._masked(scores, ranks, mask)
         if self.reduction == "mean":
             loss = loss.mean()
         elif self.reduction == "sum":
             loss = loss.sum()
         return loss.to(torch.float32 if scores.element_size() < 4 else scores.dtype)
 
-    def _entries(self, scores: Tensor, target: Tensor) -> Tensor:
+    def _entries(self, scores: Tensor, target: Tensor, *lengths: Tensor) -> Tensor:
         if isinstance(self.method, LogProbabilities):
-            log_p, log_q = self.method.log_probabilities(scores)
+            log_p, log_q = self.method.log_probabilities(scores, *lengths)
             return -(target * log_p + (1 - target) * log_q)
-        p = self.method(scores)
+        if lengths:
+            raise ArgumentTypeError(
+                f"mask needs a method that knows list lengths; got the callable {self.method!r}. "
+                "Use one of the methods given by name."
+            )
+        p = matrix(self.method, scores)
         return torch.nn.functional.binary_cross_entropy(p.clamp(0, 1), target.to(p.dtype), reduction="none")
 
-
-def _build(method: Any, kwargs: dict[str, Any]) -> Any:
-    if isinstance(method, str):
-        check_choice("method", method, tuple(_METHODS), "Or pass a callable: scores -> P.")
-        return _METHODS[method](**kwargs)
-    if callable(method) and method in _BY_FUNCTION:
-        return _METHODS[_BY_FUNCTION[method]](**kwargs)
-    if not (callable(method) or isinstance(method, LogProbabilities)):
-        raise ArgumentTypeError(
-            f"method must be one of {', '.join(map(repr, _METHODS))} or a callable scores -> P; "
-            f"got {type(method).__name__}."
-        )
-    if kwargs:
-        raise ArgumentTypeError(
-            f"keyword arguments {sorted(kwargs)} belong to a method given by name; method is {method!r}. "
-            "Bind them first, e.g. functools.partial(method, ...)."
-        )
-    return method
+    def _masked(self, scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
+        # Present elements first, in their order; then a list of length m is the first m places.
+        order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
+        scores = scores.masked_fill(~mask, 0.0).gather(-1, order)
+        ranks = ranks.long().masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
+        lengths = mask.sum(-1)
+        present = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
+        entries = self._entries(scores, _targets(ranks), lengths)
+        entries = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), entries, 0.0)
+        return entries.sum((-2, -1)) / lengths.square().clamp(min=1)
 
 
 def _targets(ranks: Tensor) -> Tensor:
@@ -137,7 +117,7 @@ def _targets(ranks: Tensor) -> Tensor:
     return hit / hit.sum(-1, keepdim=True)
 
 
-def _check(scores: Tensor, ranks: Tensor) -> None:
+def _check(scores: Tensor, ranks: Tensor, mask: Tensor | None) -> None:
     check_floating("scores", scores)
     if not isinstance(ranks, Tensor) or ranks.is_floating_point() or ranks.is_complex():
         raise ArgumentTypeError(
@@ -149,4 +129,14 @@ def _check(scores: Tensor, ranks: Tensor) -> None:
         raise ShapeError(
             f"scores and ranks must have the same shape (..., n), n >= 1; got {tuple(scores.shape)} and "
             f"{tuple(ranks.shape)}. A scorer that ends in Linear(..., 1) needs .squeeze(-1)."
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise ArgumentTypeError(
+            f"mask must be a boolean tensor, true where there is an element; "
+            f"got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}."
+        )
+    if mask is not None and mask.shape != scores.shape:
+        raise ShapeError(
+            f"mask must have the shape of the scores; got {tuple(mask.shape)} and {tuple(scores.shape)}. "
+            "From lengths: torch.arange(n) < lengths.unsqueeze(-1)."
         )

@@ -1,0 +1,38 @@
+"""The default step never waits for the device: no ``.item()``, no ``bool(tensor)``, no data-dependent shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import newton_plugin as npl
+
+WAITS = ("_local_scalar_dense", "nonzero", "equal.default", "is_nonzero", "masked_select", "_assert_async")
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in WAITS):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "norm"])
+@pytest.mark.parametrize("structure", ["mean", "per_sample", "isotropic"])
+@pytest.mark.parametrize("damping", ["auto", 0.1])
+def test_a_training_step_does_not_wait(curvature: str, structure: str, damping: float | str) -> None:
+    torch.manual_seed(0)
+    model, x, t = nn.Linear(4, 3), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    hook = npl.LossHook(curvature=curvature, structure="mean" if curvature == "norm" else structure, damping=damping)
+    wrapped = npl.newton_loss(F.cross_entropy, damping=damping)
+    with NoWaiting():
+        for _ in range(2):
+            hook(F.cross_entropy(model(x), t)).backward()
+            wrapped(model(x), t).backward()
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        hook.diagnostics()

@@ -1,0 +1,126 @@
+"""The command line: in a process of its own, with either Lightning."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from newton_plugin_lightning import _bases, cli
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "examples" / "rank_digits.yaml"
+TINY = ["--trainer.max_steps=6", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=3", "--data.steps=6"]
+# With the other Lightning absent, as far as Python can tell.
+WITHOUT = "import sys; sys.modules[{!r}] = None; sys.path.insert(0, ''); sys.path.insert(0, {!r}); "
+RUN = "from newton_plugin_lightning.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def command(*arguments: str, absent: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "newton_plugin_lightning"]
+    if absent:
+        start = ["-c", WITHOUT.format(absent.split(".")[0], str(ROOT)) + RUN]
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *start, *arguments], cwd=cwd, env=environment, text=True, capture_output=True, timeout=300
+    )
+
+
+def without_callback(tmp_path: Path) -> Path:
+    """The YAML with the callback's lines deleted, as its comments say."""
+    text = CONFIG.read_text()
+    plain, count = re.subn(r"(?s)    # Delete from here.*?# \.\.\. to here[^\n]*\n", "", text)
+    assert count == 1
+    assert "NewtonLosses" not in plain.split("trainer:")[1]
+    (tmp_path / "plain.yaml").write_text(plain)
+    return tmp_path / "plain.yaml"
+
+
+def columns(folder: Path) -> set[str]:
+    (path,) = folder.glob("**/metrics.csv")
+    with open(path) as file:
+        return set(csv.DictReader(file).fieldnames or ())
+
+
+@pytest.mark.parametrize("absent", ["", *_bases.TREES])
+def test_fit_from_yaml(absent: str, tmp_path: Path) -> None:
+    done = command("fit", "--config", str(CONFIG), *TINY, f"--trainer.logger.save_dir={tmp_path}", absent=absent)
+    assert done.returncode == 0, done.stderr
+    assert {"loss", "val/full", "newton/step_norm", "newton/damping"} <= columns(tmp_path)
+    assert list(tmp_path.glob("**/config.yaml"))
+
+
+def test_deleting_the_callbacks_lines_gives_the_plain_run(tmp_path: Path) -> None:
+    config = without_callback(tmp_path)
+    done = command("fit", "--config", str(config), *TINY, f"--trainer.logger.save_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = columns(tmp_path)
+    assert {"loss", "val/full"} <= found
+    assert not any(name.startswith("newton/") for name in found)
+
+
+def test_wrong_values_are_told_without_a_traceback() -> None:
+    done = command("fit", "--config", str(CONFIG), "--trainer.callbacks.init_args.damping=-1")
+    assert done.returncode == 2
+    assert "error: damping must be positive and finite; got -1.0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """In this process, where nothing is trained."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        status = cli.main(list(arguments))
+    except SystemExit as exit:
+        status = int(exit.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_help_of_the_callback(capsys: Any, monkeypatch: Any) -> None:
+    status, text = run(
+        "fit",
+        "--trainer.callbacks.help=newton_plugin_lightning.NewtonLosses",
+        capsys=capsys,
+        monkeypatch=monkeypatch,
+    )
+    assert status == 0
+    words = " ".join(text.split())
+    assert "Trains with Newton Losses" in words
+    assert "{mean,per_sample,isotropic}" in words
+    assert '"auto" needs no tuning: it is relative to C.' in words
+    for name in ("curvature", "damping", "structure", "power", "reduction", "boundary", "feature_dims", "start_step"):
+        assert f"--trainer.callbacks.{name} " in words
+    assert "default: fisher" in words
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("structure=diagonal", r"structure.*\n.*'mean', 'per_sample', 'isotropic'.*diagonal"),
+        ("curvature=fischer", r"'fisher', 'hessian', 'norm', 'auto'.*fischer"),
+        ("start_step=soon", r"start_step.*\n.*soon"),
+        ("dampening=1", r"dampening"),
+    ],
+)
+def test_wrong_types_and_names(argument: str, said: str, capsys: Any, monkeypatch: Any) -> None:
+    arguments = ("fit", "--config", str(CONFIG), f"--trainer.callbacks.init_args.{argument}")
+    status, text = run(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+    assert status == 2
+    assert re.search(said, text), text
+
+
+def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(args: Any) -> None:
+        raise ZeroDivisionError("theirs")
+
+    monkeypatch.setattr(cli, "run", fails)
+    with pytest.raises(ZeroDivisionError, match="theirs"):
+        cli.main([])
