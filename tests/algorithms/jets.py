@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import mpmath as mp
 
+from newton_plugin.algorithms._layers import comparators
+
 mp.mp.dps = 80
 
 
@@ -130,6 +132,69 @@ def neural_sort(temperature: float) -> Callable[[list[Jet]], list[list[Jet]]]:
             e = [exp(x) for x in z]
             norm = total(e)
             rows.append([x / norm for x in e])
+        return rows
+
+    return p
+
+
+def soft_sort(temperature: float, power: int) -> Callable[[list[Jet]], list[list[Jet]]]:
+    def p(s: list[Jet]) -> list[list[Jet]]:
+        rows = []
+        for a in sorted(s, key=lambda jet: jet.v):  # stable: the first of tied elements comes first
+            distances = [abs(a - b) for b in s]
+            e = [exp(-(d if power == 1 else d * d) / temperature) for d in distances]
+            norm = total(e)
+            rows.append([x / norm for x in e])
+        return rows
+
+    return p
+
+
+def _normal(x):
+    return mp.erfc(-x / mp.sqrt(2)) / 2
+
+
+def _optimal(x):
+    if abs(x) <= mp.mpf(1) / 4:
+        return mp.mpf(1) / 2 + x, mp.mpf(1), mp.mpf(0)
+    return (1 if x > 0 else 0) - 1 / (16 * x), 1 / (16 * x**2), -1 / (8 * x**3)
+
+
+# f, f', f'' at x, from the definitions
+SWAPS = {
+    "logistic": lambda x: (
+        1 / (1 + mp.exp(-x)),
+        mp.exp(-abs(x)) / (1 + mp.exp(-abs(x))) ** 2,
+        -mp.tanh(x / 2) * mp.exp(-abs(x)) / (1 + mp.exp(-abs(x))) ** 2,
+    ),
+    "cauchy": lambda x: (
+        mp.mpf(1) / 2 + mp.atan(x) / mp.pi,
+        1 / (mp.pi * (1 + x**2)),
+        -2 * x / (mp.pi * (1 + x**2) ** 2),
+    ),
+    "gaussian": lambda x: (_normal(x), mp.npdf(x), -x * mp.npdf(x)),
+    "reciprocal": lambda x: (
+        (1 + x / (2 + abs(x))) / 2,
+        1 / (2 + abs(x)) ** 2,
+        -2 * mp.sign(x) / (2 + abs(x)) ** 3,
+    ),
+    "optimal": _optimal,
+}
+
+
+def sorting_network(layout: str, swap: str, steepness: float) -> Callable[[list[Jet]], list[list[Jet]]]:
+    def p(s: list[Jet]) -> list[list[Jet]]:
+        n = len(s)
+        x = list(s)
+        rows = [[s[0] * 0 + int(i == j) for j in range(n)] for i in range(n)]
+        for layer in comparators(n, layout):
+            for a, b in layer:
+                gap = steepness * (x[b] - x[a])
+                v, q = gap.map(*SWAPS[swap](gap.v)), (-gap).map(*SWAPS[swap](-gap.v))
+                x[a], x[b] = v * x[a] + q * x[b], q * x[a] + v * x[b]
+                low = [v * i + q * j for i, j in zip(rows[a], rows[b], strict=True)]
+                high = [q * i + v * j for i, j in zip(rows[a], rows[b], strict=True)]
+                rows[a], rows[b] = low, high
         return rows
 
     return p

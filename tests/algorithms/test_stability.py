@@ -12,6 +12,16 @@ from newton_plugin.algorithms import RankingLoss, neural_sort
 # name -> (RankingLoss of the method, its twin)
 METHODS = {
     "neural_sort": (RankingLoss("neural_sort", temperature=0.1), jets.neural_sort(0.1)),
+    "soft_sort": (RankingLoss("soft_sort", temperature=0.1), jets.soft_sort(0.1, 1)),
+    "soft_sort, p=2": (RankingLoss("soft_sort", temperature=0.1, p=2), jets.soft_sort(0.1, 2)),
+    **{
+        f"{layout} {swap}": (
+            RankingLoss("sorting_network", layout=layout, swap=swap, steepness=10.0),
+            jets.sorting_network(layout, swap, 10.0),
+        )
+        for layout in ("odd_even", "bitonic")
+        for swap in jets.SWAPS
+    },
 }
 
 

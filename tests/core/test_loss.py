@@ -66,7 +66,8 @@ def test_a_method_has_a_state_for_each_object_and_leaves_nothing_on_it() -> None
             return self.scale * F.cross_entropy(outputs, target)
 
     small, large = Model(1.0), Model(100.0)
-    alone = [grad_of(lambda y, m=Model(s): m.loss(y, T)) for s in (1.0, 100.0)]
+    others = [Model(1.0), Model(100.0)]
+    alone = [grad_of(lambda y, m=other: m.loss(y, T)) for other in others]
     for _ in range(3):
         assert relative_error(grad_of(lambda y: small.loss(y, T)), alone[0]) <= 1e-12
         assert relative_error(grad_of(lambda y: large.loss(y, T)), alone[1]) <= 1e-12

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,27 @@ def command(*arguments: str, absent: str = "", cwd: Path = ROOT) -> subprocess.C
     )
 
 
+InProcess = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def in_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> InProcess:
+    """The same in this process: exit status, and all that was printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["newton_plugin_lightning", *arguments])
+        try:
+            status = cli.main()
+        except SystemExit as exit:
+            status = int(str(exit.code or 0))
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
 def without_callback(tmp_path: Path) -> Path:
     """The YAML with the callback's lines deleted, as its comments say."""
     text = CONFIG.read_text()
@@ -48,7 +70,7 @@ def columns(folder: Path) -> set[str]:
         return set(csv.DictReader(file).fieldnames or ())
 
 
-@pytest.mark.parametrize("absent", ["", *_bases.TREES])
+@pytest.mark.parametrize("absent", ["", _bases.TREES[0], pytest.param(_bases.TREES[1], marks=pytest.mark.slow)])
 def test_fit_from_yaml(absent: str, tmp_path: Path) -> None:
     done = command("fit", "--config", str(CONFIG), *TINY, f"--trainer.logger.save_dir={tmp_path}", absent=absent)
     assert done.returncode == 0, done.stderr
@@ -56,41 +78,24 @@ def test_fit_from_yaml(absent: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("**/config.yaml"))
 
 
-def test_deleting_the_callbacks_lines_gives_the_plain_run(tmp_path: Path) -> None:
-    config = without_callback(tmp_path)
-    done = command("fit", "--config", str(config), *TINY, f"--trainer.logger.save_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+def test_deleting_the_callbacks_lines_gives_the_plain_run(tmp_path: Path, in_process: InProcess) -> None:
+    arguments = ["--config", str(without_callback(tmp_path)), *TINY, f"--trainer.logger.save_dir={tmp_path}"]
+    status, text = in_process("fit", *arguments)
+    assert status == 0, text
     found = columns(tmp_path)
     assert {"loss", "val/full"} <= found
     assert not any(name.startswith("newton/") for name in found)
 
 
-def test_wrong_values_are_told_without_a_traceback() -> None:
-    done = command("fit", "--config", str(CONFIG), "--trainer.callbacks.init_args.damping=-1")
-    assert done.returncode == 2
-    assert "error: damping must be positive and finite; got -1.0" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_values_are_told_without_a_traceback(in_process: InProcess) -> None:
+    status, text = in_process("fit", "--config", str(CONFIG), "--trainer.callbacks.init_args.damping=-1")
+    assert status == 2
+    assert "error: damping must be positive and finite; got -1.0" in text
+    assert "Traceback" not in text
 
 
-def run(*arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """In this process, where nothing is trained."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "200")
-    try:
-        status = cli.main(list(arguments))
-    except SystemExit as exit:
-        status = int(exit.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out + captured.err
-
-
-def test_help_of_the_callback(capsys: Any, monkeypatch: Any) -> None:
-    status, text = run(
-        "fit",
-        "--trainer.callbacks.help=newton_plugin_lightning.NewtonLosses",
-        capsys=capsys,
-        monkeypatch=monkeypatch,
-    )
+def test_help_of_the_callback(in_process: InProcess) -> None:
+    status, text = in_process("fit", "--trainer.callbacks.help=newton_plugin_lightning.NewtonLosses")
     assert status == 0
     words = " ".join(text.split())
     assert "Trains with Newton Losses" in words
@@ -110,9 +115,8 @@ def test_help_of_the_callback(capsys: Any, monkeypatch: Any) -> None:
         ("dampening=1", r"dampening"),
     ],
 )
-def test_wrong_types_and_names(argument: str, said: str, capsys: Any, monkeypatch: Any) -> None:
-    arguments = ("fit", "--config", str(CONFIG), f"--trainer.callbacks.init_args.{argument}")
-    status, text = run(*arguments, capsys=capsys, monkeypatch=monkeypatch)
+def test_wrong_types_and_names(argument: str, said: str, in_process: InProcess) -> None:
+    status, text = in_process("fit", "--config", str(CONFIG), f"--trainer.callbacks.init_args.{argument}")
     assert status == 2
     assert re.search(said, text), text
 

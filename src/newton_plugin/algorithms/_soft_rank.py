@@ -37,7 +37,7 @@ def soft_rank(scores: Tensor, method: Method = "neural_sort", **kwargs: Any) -> 
 
     Source: Petersen et al., ICML 2021 (networks); Grover et al., ICLR 2019, for P as expected permutation.
 
-    >>> soft_rank(torch.tensor([3.0, 1.0, 2.0]), temperature=0.01).tolist()
+    >>> soft_rank(torch.tensor([3.0, 1.0, 2.0]), temperature=0.001).tolist()
     [2.0, 0.0, 1.0]
     >>> soft_rank(torch.tensor([5.0, 5.0]), "sorting_network").tolist()
     [0.5, 0.5]
