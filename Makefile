@@ -1,10 +1,11 @@
-# `make demo` and `make test` work on a machine that has python3 and make and nothing else.
+# `make demo` and `make test` work on a machine that has python3 and make and nothing else:
+# both create .venv here and install into it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint types examples ci clean
+.PHONY: demo test test-slow test-oldest lint types examples clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
@@ -15,12 +16,25 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
+# The lower ends of the declared ranges, in an environment of their own (a download of several GB on Linux).
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
 	$(BIN)/pyright
+
+# Every example as a user would run it, only shorter; and the examples inside docstrings.
+examples: $(VENV)/.dev
+	$(BIN)/python -m examples.demo --seeds 2 --steps 30 --out $(VENV)/demo
+	$(BIN)/python -m newton_plugin_lightning fit --config examples/rank_digits.yaml \
+		--trainer.max_steps=60 --trainer.default_root_dir=$(VENV)/cli
+	$(BIN)/python -m pytest --doctest-modules src integrations -p no:cacheprovider
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,4 +49,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.python
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest

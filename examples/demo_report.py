@@ -70,7 +70,7 @@ def _difference(runs: Runs, setting: Setting, arm: Arm) -> str:
 def plot(runs: Runs, settings: Sequence[Setting], path: Path) -> None:
     """Validation curves, mean and one standard deviation over the seeds; a panel for each setting."""
     with plt.rc_context({"font.size": 17}):
-        figure, axes = plt.subplots(1, len(settings), figsize=(14, 6.5), sharey=True, squeeze=False)
+        figure, axes = plt.subplots(1, len(settings), figsize=(14, 7.5), sharey=True, squeeze=False)
         for ax, setting in zip(axes[0], settings, strict=True):
             for arm in setting.arms:
                 color, style = STYLES[arm.name]
@@ -79,10 +79,11 @@ def plot(runs: Runs, settings: Sequence[Setting], path: Path) -> None:
                 low, high = share.mean(0) - share.std(0), share.mean(0) + share.std(0)
                 ax.plot(steps, share.mean(0), style, color=color, lw=3.5, label=arm.name)
                 ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
-            ax.set(title=setting.title, xlabel="training step", ylim=(0, 100))
+            ax.set_title(setting.title, fontsize=17)
+            ax.set(xlabel="training step", ylim=(0, 100))
             ax.grid(alpha=0.3)
-            ax.legend(loc="upper left", fontsize=14, ncols=2, framealpha=0.7)
         axes[0, 0].set_ylabel("rankings fully right, %\n(validation images)")
-        figure.tight_layout()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
+        figure.tight_layout(rect=(0, 0.13, 1, 1))
         figure.savefig(path, dpi=100)
         plt.close(figure)

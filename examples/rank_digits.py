@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from examples.digit_lists import DigitLists
 from newton_plugin.algorithms import RankingLoss, neural_sort
@@ -60,7 +59,6 @@ class RankDigits(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.loss, self.temperature, self.learning_rate, self.steps = loss, temperature, learning_rate, steps
         self.network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
         self.stable_loss = RankingLoss("neural_sort", temperature=temperature)
         self.full = RankAccuracy("full")
@@ -71,10 +69,10 @@ class RankDigits(pl.LightningModule):
         return self.network(images).squeeze(-1)
 
     def ranking_loss(self, scores: Tensor, ranks: Tensor) -> Tensor:
-        if self.loss == "neural_sort":
+        if self.hparams["loss"] == "neural_sort":
             return self.stable_loss(scores, ranks)
-        soft = neural_sort(scores, self.temperature)  # rows are ranks
-        true = one_hot(ranks, ranks.shape[-1]).mT.to(soft.dtype)
+        soft = neural_sort(scores, self.hparams["temperature"])  # rows are ranks
+        true = nn.functional.one_hot(ranks, ranks.shape[-1]).mT.to(soft.dtype)
         return nn.BCELoss()(soft, true)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -90,13 +88,12 @@ class RankDigits(pl.LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, ranks = batch
-        scores = self(images)
+        scores, ranks = self(batch[0]), batch[1]
         for name, metric in (("full", self.full), ("elements", self.elements)):
             metric.update(scores, ranks)
             self.log(f"{stage}/{name}", metric, batch_size=len(ranks), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams["steps"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -128,8 +128,8 @@ class NewtonLosses(CallbackBase):
             return self._training_step(trainer, pl_module, original, *args, **kwargs)
 
         def manual_backward(original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._is_on(trainer):
-                self._apply(loss)
+            if _is_training(trainer):
+                self._apply(trainer, loss)
             return original(loss, *args, **kwargs)
 
         around = {"training_step": training_step, "manual_backward": manual_backward}
@@ -159,13 +159,9 @@ class NewtonLosses(CallbackBase):
         """Take over what :meth:`state_dict` gave."""
         self.hook.load_state_dict(state_dict["hook"])
 
-    def _is_on(self, trainer: Any) -> bool:
-        # Validation may call the module's own training_step: it is not ours to touch then.
-        return trainer.training and torch.is_grad_enabled() and trainer.global_step >= self.start_step
-
     def _training_step(self, trainer: Any, module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._hooked = False
-        if not self._is_on(trainer):
+        if not _is_training(trainer):
             return original(*args, **kwargs)
         if not self._attached:
             # Not in setup: the module's own setup and configure_model may still add layers after it.
@@ -175,14 +171,15 @@ class NewtonLosses(CallbackBase):
         with self.hook.watch():
             output = original(*args, **kwargs)
         if module.automatic_optimization:
-            self._apply(output.get("loss") if isinstance(output, Mapping) else output)
+            self._apply(trainer, output.get("loss") if isinstance(output, Mapping) else output)
         if log_now and self._hooked:
             values = {f"newton/{name}": value for name, value in self.hook.diagnostics().items()}
             module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         return output
 
-    def _apply(self, loss: Any) -> None:
-        if isinstance(loss, Tensor):  # None skips the step; anything else is for Lightning to refuse
+    def _apply(self, trainer: Any, loss: Any) -> None:
+        # None skips the step; what is neither that nor a tensor is for Lightning to refuse.
+        if isinstance(loss, Tensor) and trainer.global_step >= self.start_step:
             self.hook(loss)
             self._hooked = True
 
@@ -205,6 +202,11 @@ class NewtonLosses(CallbackBase):
         self.hook.load_state_dict(running)
         self._module = None
         self._forget_fit()
+
+
+def _is_training(trainer: Any) -> bool:
+    """False in validation, which may call the module's own training_step: that is not ours to touch then."""
+    return trainer.training and torch.is_grad_enabled()
 
 
 def _logs_this_step(trainer: Any) -> bool:

@@ -9,7 +9,7 @@ output space and train on the quadratic surrogate. Three doors:
 """
 
 from newton_plugin._curvature import Curvature, EmpiricalFisher, SoftNormalization
-from newton_plugin._damping import AutoDamping, Damping, Tikhonov
+from newton_plugin._damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -34,6 +34,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "AutoDamping",
+    "Averaging",
     "BatchCoupledError",
     "Curvature",
     "Damping",

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from newton_plugin._damping import AutoDamping, Damping
+from newton_plugin._damping import AutoDamping, Averaging, Damping
 from newton_plugin._errors import check_choice, check_positive
 from newton_plugin._running import RunningMean
 from newton_plugin._solve import (
@@ -155,19 +155,32 @@ class EmpiricalFisher:
         if self.structure == "mean" and (m <= DENSE_FEATURES or n >= m):
             return self._dense(gradient, damping)
         # tr(C) / m, of the batch or averaged over the samples' own C_i: the same number.
-        size = self._mean.update(gradient.square().sum() / (n * m), damping.decay)
+        average = damping.averaging
+        size = self._mean.update(gradient.square().sum() / (n * m), average.decay, average.growth)
         if self.structure == "isotropic":
             d = damping(size)
-            return CurvatureStep(isotropic_step(size, d, gradient, self.power), d, size, lambda: (size, size))
+            step = self._with_own(isotropic_step(size, d, gradient, self.power), gradient, damping)
+            return CurvatureStep(step, d, size, lambda: (size, size))
         if self.structure == "per_sample":
             return self._per_sample(gradient, damping(size))
         return self._push_through(gradient, size, damping)
 
     def _dense(self, gradient: Tensor, damping: Damping) -> CurvatureStep:
-        c = self._mean.update(gradient.mT @ gradient / gradient.shape[0], damping.decay)
+        average = damping.averaging
+        c = self._mean.update(gradient.mT @ gradient / gradient.shape[0], average.decay, average.growth)
         d = damping(eigenvalue_scale(c))
         solve = solve_definite(c, d, gradient) if self.power == 1 else solve_power(c, d, gradient, self.power)
-        return CurvatureStep(solve, d, c, lambda: dense_extremes(c))
+        return CurvatureStep(self._with_own(solve, gradient, damping), d, c, lambda: dense_extremes(c))
+
+    def _with_own(self, step: Tensor, gradient: Tensor, damping: Damping) -> Tensor:
+        """The step with the sample's own ``w g g'`` added to C, by the formula of Sherman and Morrison:
+
+        ``(A + w g g')^-1 g = A^-1 g / (1 + w g' A^-1 g)``.
+        """
+        weight = damping.averaging.own / gradient.shape[1]
+        if self.power != 1 or weight == 0:
+            return step
+        return step / (1 + weight * (gradient * step).sum(-1, keepdim=True))
 
     def _per_sample(self, gradient: Tensor, d: Tensor) -> CurvatureStep:
         # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
@@ -187,7 +200,7 @@ class EmpiricalFisher:
         weight = torch.where(own > 0, size / own, 1.0) / n
         gram = finite_or_identity(gradient @ gradient.mT) * weight
         d = damping(torch.linalg.matrix_norm(gram) / m**0.5)  # G'G and GG' share their eigenvalues
-        step = solve_push_through(gradient, gram, d, self.power)
+        step = self._with_own(solve_push_through(gradient, gram, d, self.power), gradient, damping)
         return CurvatureStep(step, d, None, lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(gram).max()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +215,7 @@ class EmpiricalFisher:
 class _BatchRelative:
     """Damping ``c * mean_j |g_j|^2``, which is ``c m`` times the scale of the per-sample Fisher."""
 
-    decay = 0.0
+    averaging = Averaging()
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio

@@ -6,27 +6,46 @@ A rule is anything with a ``decay`` and a call from the scale of C to a damping;
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
+from newton_plugin._running import RunningMean
 
-__all__ = ["AutoDamping", "Damping", "Tikhonov", "resolve_damping"]
+__all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "resolve_damping"]
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
+_SLOW_DECAY = 0.999
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How C is averaged over batches and samples before it is inverted. The default: not at all.
+
+    Attributes:
+        decay: of the running mean of C over batches; 0 uses the batch's own C alone.
+        growth: how many times the running mean's norm a single batch's C may count for.
+        own: weight of a sample's own ``g_i g_i'`` beside the mean C in a Fisher of power 1, as a share of 1/m.
+    """
+
+    decay: float = 0.0
+    growth: float = math.inf
+    own: float = 0.0
 
 
 @runtime_checkable
 class Damping(Protocol):
-    """A rule for the damping.
+    """A rule for the damping. Instances may keep a running state (``state_dict``, ``load_state_dict``).
 
     Attributes:
-        decay: of the running mean of C that this rule is made for; 0 uses the batch's own C alone.
+        averaging: the average of C that this rule is made for.
     """
 
-    decay: float
+    averaging: Averaging
 
     def __call__(self, scale: Tensor) -> Tensor:
         """The damping, in units of C: a tensor without dimensions, on the device of ``scale``.
@@ -49,7 +68,7 @@ class Tikhonov:
         ArgumentTypeError: not a number.
     """
 
-    decay = 0.0
+    averaging = Averaging()
 
     def __init__(self, damping: float = 0.1) -> None:
         self.damping = check_positive("damping", damping, _HINT)
@@ -62,34 +81,68 @@ class Tikhonov:
 
 
 class AutoDamping:
-    """Damping relative to C itself: ``damping = ratio * scale(C)``, C a running mean over batches.
+    r"""Damping relative to C itself, with C averaged so that no batch and no sample decides alone.
 
-    Both sides of the ratio change together when the loss is multiplied by a constant, the outputs change
-    their unit or the batch its size, so one ratio serves every loss; nothing needs tuning. The running mean
-    matters: relative to a single batch, the step grows without bound where a batch's gradients vanish.
+    Both sides of the ratio change together when the loss is multiplied by a constant, the outputs change their
+    unit or the batch its size, so one setting serves every loss and nothing needs tuning. The whole rule::
 
-    Override it with a number (``damping=0.1``, fixed, in units of C), with ``AutoDamping(ratio=1.0)`` for a
-    more cautious step, or with any object that follows :class:`Damping`.
+        C    = running mean of the batches' C, where one batch counts for at most growth times the mean
+        d    = ratio * max(s, floor * slow running mean of s),      s = root-mean-square eigenvalue of C
+        step = (C + own/m g_i g_i' + d I)^-1 g_i                    (the own term: Fisher of power 1 only)
+
+    Each part is there because something breaks without it: relative to a single batch, the step grows without
+    bound where a batch's gradients vanish (running mean) or all of them do (floor); a loss in float32 that
+    explodes on a few samples silences the batches after them (growth) and throws the network off by those
+    samples' own steps (own: it bounds a step by ``m / (own |g_i|)``, whatever the others do).
+
+    Override it with a number (``damping=0.1``: fixed, in units of C, no averaging, the paper's step), with
+    ``AutoDamping(ratio=1.0)`` for a more cautious one, or with any object that follows :class:`Damping`.
 
     Args:
-        ratio: damping over the root-mean-square eigenvalue of C. Positive.
+        ratio: damping over the scale of C. Positive.
         decay: of the running mean of C, in [0, 1).
+        growth: most that one batch may count for, against the mean before it. Greater than 1.
+        floor: least scale, against the slow mean (decay .999) of the scale. In [0, 1).
+        own: weight of each sample's own curvature, as a share of 1/m. Not negative.
     """
 
-    def __init__(self, ratio: float = 0.3, decay: float = 0.9) -> None:
+    def __init__(
+        self, ratio: float = 0.3, decay: float = 0.9, growth: float = 10.0, floor: float = 1e-3, own: float = 1.0
+    ) -> None:
         self.ratio = check_positive("ratio", ratio, _HINT)
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-            raise ArgumentTypeError(f"decay must be a number in [0, 1); got {decay!r}.")
-        if not 0 <= decay < 1:
-            raise ArgumentError(f"decay must be in [0, 1), 0 for no running mean; got {decay!r}.")
-        self.decay = float(decay)
+        self.floor = _check_range("floor", floor, 0, 1)
+        self.averaging = Averaging(
+            _check_range("decay", decay, 0, 1),
+            _check_range("growth", growth, 1, math.inf),
+            _check_range("own", own, 0, math.inf),
+        )
+        self._slow = RunningMean()
 
     def __call__(self, scale: Tensor) -> Tensor:
+        floor = self.floor * self._slow.update(scale, _SLOW_DECAY) if self.averaging.decay else 0 * scale
         # The tiny floor only keeps 0 / 0 out where every gradient so far was exactly zero.
-        return (self.ratio * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+        return (self.ratio * torch.maximum(scale, floor)).clamp_min(torch.finfo(scale.dtype).tiny)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The slow mean of the scale of C."""
+        return self._slow.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._slow.load_state_dict(state)
 
     def __repr__(self) -> str:
-        return f"AutoDamping(ratio={self.ratio}, decay={self.decay})"
+        a = self.averaging
+        given = {"ratio": self.ratio, "decay": a.decay, "growth": a.growth, "floor": self.floor, "own": a.own}
+        return f"AutoDamping({', '.join(f'{name}={value:g}' for name, value in given.items())})"
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} must be a number in [{low:g}, {high:g}); got {value!r}.")
+    if not low <= value < high:
+        raise ArgumentError(f"{name} must be in [{low:g}, {high:g}); got {value!r}.")
+    return float(value)
 
 
 def resolve_damping(damping: object) -> Damping:
@@ -105,6 +158,6 @@ def resolve_damping(damping: object) -> Damping:
     if isinstance(damping, Damping) and not isinstance(damping, type):
         return damping
     raise ArgumentTypeError(
-        "damping must be a positive number, 'auto' or an object with the Damping protocol (an attribute decay "
+        "damping must be a positive number, 'auto' or an object with the Damping protocol (an attribute averaging "
         f"and a call scale -> damping); got {damping!r} of type {type(damping).__name__}."
     )

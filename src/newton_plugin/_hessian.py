@@ -111,13 +111,14 @@ class Hessian:
         return (c + c.mT) / 2
 
     def _solve(self, c: Tensor, gradient: Tensor, damping: Damping, zero: Tensor) -> CurvatureStep:
+        average = damping.averaging
         if self.structure == "per_sample":
             finite = torch.isfinite(c).all()
             c = finite_or_identity(c)
-            d = damping(self._mean.update(eigenvalue_scale(c).mean(), damping.decay))
+            d = damping(self._mean.update(eigenvalue_scale(c).mean(), average.decay, average.growth))
             solved = torch.where(finite, self._dense(c, d, gradient), torch.nan)
             return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero)
-        c = self._mean.update(c, damping.decay)
+        c = self._mean.update(c, average.decay, average.growth)
         if self.structure == "isotropic":
             d = damping(c.abs())
             solved = isotropic_step(c, d, gradient, self.power)

@@ -191,6 +191,7 @@ class StepRule:
         """Running means and counters, as plain types and tensors."""
         return {
             "curvature": self.curvature.state_dict(),
+            "damping": self.damping.state_dict() if hasattr(self.damping, "state_dict") else {},  # type: ignore[attr-defined]
             "structural_fallbacks": self._structural_fallbacks,
             "kept": self._kept,
             "zero": self._zero,
@@ -199,5 +200,7 @@ class StepRule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
         self.curvature.load_state_dict(state["curvature"])
+        if hasattr(self.damping, "load_state_dict"):
+            self.damping.load_state_dict(state["damping"])  # type: ignore[attr-defined]
         self._structural_fallbacks = state["structural_fallbacks"]
         self._kept, self._zero = state["kept"], state["zero"]

@@ -1,7 +1,8 @@
-"""A running mean that ignores what is not finite."""
+"""A running mean that ignores what is not finite and doubts what is suddenly large."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ class RunningMean:
 
     ``mean_t = sum_k decay^k x_(t-k) / sum_k decay^k``, so the first mean is the first value. With
     ``decay = 0`` it is the last value and nothing is stored. A value that is not finite leaves the mean
-    as it was; no host synchronisation decides that.
+    as it was; one whose norm exceeds ``growth`` times the mean's is scaled down to that (a winsorised mean), so
+    that a single exploded batch does not silence the next hundred. No host synchronisation decides either.
     """
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
         self._weight: Tensor | None = None
 
-    def update(self, value: Tensor, decay: float) -> Tensor:
+    def update(self, value: Tensor, decay: float, growth: float = math.inf) -> Tensor:
         """Take ``value`` in and return the mean; zeros if nothing finite has come yet."""
         finite = torch.isfinite(value).all()
         value = torch.where(finite, value, 0.0)
@@ -32,6 +34,10 @@ class RunningMean:
             total, weight = torch.zeros_like(value), torch.zeros_like(finite, dtype=value.dtype)
         else:
             total, weight = self._total.to(value), self._weight.to(value)
+        known = total / weight.clamp_min(torch.finfo(value.dtype).tiny)
+        if growth < math.inf:
+            most, size = growth * torch.linalg.vector_norm(known), torch.linalg.vector_norm(value)
+            value = torch.where((most > 0) & (size > most), value * (most / size), value)
         self._total = torch.where(finite, decay * total + (1 - decay) * value, total)
         self._weight = torch.where(finite, decay * weight + (1 - decay), weight)
         return self._total / self._weight.clamp_min(torch.finfo(value.dtype).tiny)

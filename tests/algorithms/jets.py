@@ -141,8 +141,8 @@ def soft_sort(temperature: float, power: int) -> Callable[[list[Jet]], list[list
     def p(s: list[Jet]) -> list[list[Jet]]:
         rows = []
         for a in sorted(s, key=lambda jet: jet.v):  # stable: the first of tied elements comes first
-            distances = [abs(a - b) for b in s]
-            e = [exp(-(d if power == 1 else d * d) / temperature) for d in distances]
+            distances = [abs(a - b) if power == 1 else (a - b) * (a - b) for b in s]
+            e = [exp(-d / temperature) for d in distances]
             norm = total(e)
             rows.append([x / norm for x in e])
         return rows

@@ -10,10 +10,34 @@ import torch
 from torch import Tensor
 
 from newton_plugin import _errors as errors
-from newton_plugin.algorithms import RankingLoss, neural_sort
+from newton_plugin.algorithms import RankingLoss, SortingNetwork, neural_sort, soft_sort
+
+
+def _network(**kwargs):
+    return lambda scores: SortingNetwork(scores.shape[-1], **kwargs)(scores)[1]
+
 
 METHODS = {
     "neural_sort": (RankingLoss("neural_sort", temperature=0.7), partial(neural_sort, temperature=0.7)),
+    "soft_sort": (RankingLoss("soft_sort", temperature=0.7), partial(soft_sort, temperature=0.7)),
+    "soft_sort, p=2": (
+        RankingLoss("soft_sort", temperature=0.7, p=2),
+        partial(soft_sort, temperature=0.7, p=2),
+    ),
+    **{
+        f"{layout} {swap}": (
+            RankingLoss("sorting_network", layout=layout, swap=swap, steepness=2.0),
+            _network(layout=layout, swap=swap, steepness=2.0),
+        )
+        for layout, swap in [
+            ("odd_even", "logistic"),
+            ("odd_even", "cauchy"),
+            ("odd_even", "gaussian"),
+            ("odd_even", "reciprocal"),
+            ("bitonic", "optimal"),
+            ("bitonic", "logistic"),
+        ]
+    },
 }
 every_method = pytest.mark.parametrize(("loss", "p"), METHODS.values(), ids=METHODS)
 
@@ -126,6 +150,87 @@ def test_any_callable_that_gives_p() -> None:
     torch.testing.assert_close(plain(scores, ranks), stable(scores, ranks))
 
 
+@every_method
+def test_ragged_lists_by_mask(loss: RankingLoss, p) -> None:
+    if "bitonic" in repr(loss):
+        with pytest.raises(errors.ArgumentError, match=r"mask needs layout='odd_even'; got layout='bitonic'"):
+            loss(torch.zeros(2), torch.tensor([0, 1]), torch.tensor([True, True]))
+        return
+    scores, _ = _batch(5, 6)
+    lists = [[0, 1, 2, 3, 4, 5], [1, 4, 5], [2], [], [0, 2, 3, 5]]
+    mask = torch.zeros(5, 6, dtype=torch.bool)
+    ranks = torch.full((5, 6), 99)
+    expected = torch.zeros(5, dtype=torch.float64)
+    each = RankingLoss(loss.method, reduction="none")
+    gradient = torch.zeros(5, 6, dtype=torch.float64)
+    for i, present in enumerate(lists):
+        mask[i, present] = True
+        ranks[i, present] = torch.randperm(len(present), generator=torch.Generator().manual_seed(i))
+        if present:
+            expected[i] = loss(scores[i, present], ranks[i, present])
+            gradient[i, present] = torch.func.grad(loss)(scores[i, present], ranks[i, present])
+    scores[~mask] = torch.nan  # whatever stands there does not matter
+    torch.testing.assert_close(each(scores, ranks, mask), expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(loss(scores, ranks, mask), expected.mean())
+    got = torch.func.grad(lambda s: each(s, ranks, mask).sum())(scores)
+    torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-13)
+    second = torch.func.jacrev(torch.func.grad(lambda s: each(s, ranks, mask).sum()))(scores)
+    assert second.isfinite().all()
+
+
+def test_several_lengths_in_one_module() -> None:
+    loss = RankingLoss("sorting_network", swap="cauchy", steepness=3.0)
+    for n in (2, 5, 4, 5):
+        scores, ranks = _batch(2, n)
+        expected = RankingLoss(SortingNetwork(n, swap="cauchy", steepness=3.0))(scores, ranks)
+        assert torch.equal(loss(scores, ranks), expected)
+
+
+def test_networks_made_inside_a_transform_can_be_used_outside() -> None:
+    loss = RankingLoss("sorting_network", layout="bitonic", steepness=3.0)
+    scores, ranks = _batch(3, 5)
+    inside = torch.func.vmap(torch.func.grad(loss))(scores, ranks)
+    fresh = RankingLoss("sorting_network", layout="bitonic", steepness=3.0)
+    x = scores.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(3 * loss(x, ranks), x)
+    torch.testing.assert_close(gradient, inside)
+    assert torch.equal(loss(scores, ranks), fresh(scores, ranks))
+
+
+def _train(loss: RankingLoss, seed: int = 0) -> float:
+    """Scores that start far apart in a random order; Adam; the share of lists put in order."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.rand(64, 5, generator=generator).argsort(-1)
+    scores = (6 * torch.randn(64, 5, generator=generator)).requires_grad_()
+    optimizer = torch.optim.Adam([scores], lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss(scores, ranks).backward()
+        optimizer.step()
+    return (scores.argsort(-1).argsort(-1) == ranks).all(-1).double().mean().item()
+
+
+def test_training_recovers_from_a_saturated_wrong_start_and_the_textbook_loss_does_not() -> None:
+    stable = RankingLoss("neural_sort", temperature=0.1)
+    textbook = RankingLoss(partial(neural_sort, temperature=0.1))
+    recovered, stuck = _train(stable), _train(textbook)
+    assert recovered == 1.0
+    assert stuck < 0.9
+
+
+@pytest.mark.slow
+@every_method
+def test_torch_compile_without_graph_breaks(loss: RankingLoss, p) -> None:
+    torch._dynamo.reset()
+    scores, ranks = _batch(3, 5)
+    x, y = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(x, ranks).backward()
+    loss(y, ranks).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(torch.compile(p, fullgraph=True, backend="aot_eager")(scores), p(scores))
+
+
 def test_what_it_refuses() -> None:
     scores, ranks = _batch(3, 4)
     loss = RankingLoss("neural_sort", temperature=0.1)
@@ -145,6 +250,16 @@ def test_what_it_refuses() -> None:
         loss(scores, ranks.tolist())
     with pytest.raises(errors.ShapeError, match=r"same shape.*\(3, 4, 1\) and \(3, 4\).*squeeze"):
         loss(scores.unsqueeze(-1), ranks)
+    with pytest.raises(errors.ArgumentTypeError, match=r"mask must be a boolean tensor.*got torch.int64"):
+        loss(scores, ranks, ranks)
+    with pytest.raises(errors.ShapeError, match=r"mask must have the shape of the scores; got \(4,\) and \(3, 4\)"):
+        loss(scores, ranks, torch.ones(4, dtype=torch.bool))
+    with pytest.raises(errors.ArgumentTypeError, match=r"mask needs a method that knows list lengths"):
+        RankingLoss(partial(neural_sort, temperature=1.0))(scores, ranks, ranks >= 0)
+    with pytest.raises(errors.ShapeError, match=r"scores must have 5 elements.*got \(3, 4\).*SortingNetwork\(4\)"):
+        RankingLoss(SortingNetwork(5))(scores, ranks)
+    with pytest.raises(errors.ArgumentError, match=r"layout must be one of 'odd_even', 'bitonic'; got 'merge'"):
+        RankingLoss("sorting_network", layout="merge")
     with pytest.raises(errors.ShapeError, match=r"n >= 1; got \(3, 0\)"):
         loss(scores[:, :0], ranks[:, :0])
     with pytest.raises(errors.ArgumentTypeError, match=r"scores must have a floating-point dtype; got torch.int64"):

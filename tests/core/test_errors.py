@@ -66,6 +66,9 @@ def test_wrong_arguments_fail_at_construction(options: dict[str, Any], kind: typ
     [
         (lambda: npl.AutoDamping(ratio=0), ValueError, r"ratio must be positive and finite; got 0"),
         (lambda: npl.AutoDamping(decay=1.0), ValueError, r"decay must be in \[0, 1\)"),
+        (lambda: npl.AutoDamping(growth=0.5), ValueError, r"growth must be in \[1, inf\); got 0.5"),
+        (lambda: npl.AutoDamping(floor=2), ValueError, r"floor must be in \[0, 1\); got 2"),
+        (lambda: npl.AutoDamping(own=-1), ValueError, r"own must be in \[0, inf\); got -1"),
         (lambda: npl.AutoDamping(decay="slow"), TypeError, r"decay must be a number in \[0, 1\); got 'slow'"),
         (lambda: npl.SoftNormalization(c=-1), ValueError, r"c must be positive and finite; got -1"),
         (lambda: npl.LossHook(boundary=3), TypeError, r"boundary must be a name or a list of names; got 3"),
@@ -117,7 +120,7 @@ def test_wrong_input_is_named(make: Any, kind: type[Exception], match: str) -> N
 
 def test_singular_curvature_is_an_error_where_it_is_asked_for() -> None:
     class Nothing:
-        decay = 0.0
+        averaging = npl.Averaging()
 
         def __call__(self, scale: Tensor) -> Tensor:
             return torch.zeros_like(scale)

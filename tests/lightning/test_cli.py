@@ -43,6 +43,7 @@ def in_process(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.chdir(ROOT)
         monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own calls
         monkeypatch.setattr(sys, "argv", ["newton_plugin_lightning", *arguments])
         try:
             status = cli.main()
@@ -110,7 +111,7 @@ def test_help_of_the_callback(in_process: InProcess) -> None:
     ("argument", "said"),
     [
         ("structure=diagonal", r"structure.*\n.*'mean', 'per_sample', 'isotropic'.*diagonal"),
-        ("curvature=fischer", r"'fisher', 'hessian', 'norm', 'auto'.*fischer"),
+        ("curvature=fischer", r"(?s)'fisher', 'hessian', 'norm', 'auto'.*fischer"),
         ("start_step=soon", r"start_step.*\n.*soon"),
         ("dampening=1", r"dampening"),
     ],

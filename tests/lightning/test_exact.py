@@ -121,19 +121,28 @@ def test_named_boundaries(pl: Any, boundary: str, functional: bool) -> None:
     assert worst(moved(before, module), expected) <= 1e-10
 
 
-def test_bf16_mixed_follows_full_precision(pl: Any) -> None:
-    """Autocast rounds the network to 8 bits; the step itself is float64, so the directions stay close."""
+@pytest.mark.parametrize("mixed", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_follows_full_precision(pl: Any, mixed: str) -> None:
+    """Autocast rounds the network to 8 or 11 bits; the step itself is float64, so directions and sizes stay close.
+
+    float16 comes with a gradient scaler: the loss of which backward is called is 65536 times the user's.
+    """
     torch.manual_seed(0)
     batches = [tuple(b.float() if b.is_floating_point() else b for b in batch) for batch in batches_of(Functional, 1)]
     changes = []
-    for precision in ("32-true", "bf16-mixed"):
+    for precision in ("32-true", mixed):
+        options: dict[str, Any] = {"precision": precision}
+        if precision == "16-mixed":  # on a CPU the Trainer's own choice would silently be bf16
+            scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+            options = {"plugins": pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)}
         module = case_module(pl, Functional).float()
         before = parameters(module)
-        trainer(pl, callback(), precision=precision).fit(module, Batches(batches))
+        trainer(pl, callback(), **options).fit(module, Batches(batches))
         changes.append(torch.cat([m.flatten() for m in moved(before, module)]))
     assert changes[1].isfinite().all()
     assert not torch.equal(*changes)
     assert torch.cosine_similarity(*changes, dim=0) > 0.999
+    assert 0.97 < changes[1].norm() / changes[0].norm() < 1.03
 
 
 @pytest.mark.parametrize("wrap", [lambda loss: {"loss": loss, "more": 1}, lambda loss: {"loss": loss}])
@@ -247,6 +256,28 @@ class TestManualOptimization:
         twin_step(twin, twin.trunk, 1)
         twin_step(twin, twin.head, 2)
         assert worst(parameters(module), parameters(twin)) <= 1e-10
+
+    def test_start_step_in_the_middle_of_a_batch(self, pl: Any) -> None:
+        """``global_step`` counts optimizer steps: of two in the first batch, the second is a Newton step."""
+
+        def configure_optimizers(self: Any) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(self.parameters(), lr=1.0) for _ in range(2)]
+
+        batch = batches_of(Functional, 1)[0]
+        module = self.module(pl, configure_optimizers=configure_optimizers)
+        twin = case_module(pl, Functional).model
+        trainer(pl, callback(start_step=1, boundary="model.head")).fit(module, Batches([batch]))
+        grads = torch.autograd.grad(twin.loss(twin(batch[0]), batch[1]), list(twin.parameters()))
+        with torch.no_grad():
+            for p, grad in zip(twin.parameters(), grads, strict=True):
+                p -= grad
+        before = parameters(twin)
+        y = twin(batch[0])
+        g, h = gradients_and_hessians(lambda v: 2 * twin.loss(v, batch[1]), y)
+        taken = step(g, h, "fisher", "mean", 1, DAMPING)
+        total = 0.5 * (y - (y.detach() - taken)).square().sum() / len(y)
+        expected = list(torch.autograd.grad(total, list(twin.parameters())))
+        assert worst(moved(before, module), expected) <= 1e-10
 
     def test_a_returned_loss_is_not_stepped_twice(self, pl: Any) -> None:
         """In manual optimization the return value goes nowhere; a hook on it would only spoil the running mean."""

@@ -15,7 +15,6 @@ one more wire that always rests.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 __all__ = ["LAYOUTS", "Layer", "comparators", "schedule"]
@@ -53,7 +52,6 @@ def comparators(n: int, layout: str) -> list[list[tuple[int, int]]]:
     return layers
 
 
-@cache
 def schedule(n: int, layout: str) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
     """The layers of a network of n wires, and the gather that puts the wires back in order at the end."""
     wires = n + n % 2

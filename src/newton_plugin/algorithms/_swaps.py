@@ -59,6 +59,11 @@ def _optimal_tail(y: Tensor) -> Tensor:
     return torch.where(inside, 0.5 - y, 1 / (16 * torch.where(inside, 1.0, y)))
 
 
+def _reciprocal_tail(y: Tensor) -> Tensor:
+    # The same number twice. f'' jumps at 0, and with abs its value there is 0, the mean of both sides.
+    return torch.where(y <= 1, 0.5 * (1 - y / (2 + y.abs())), 1 / (2 + y))
+
+
 # y >= 0 -> (tail, log of the tail)
 _TAILS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "logistic": lambda y: (torch.sigmoid(-y), -y - torch.log1p(torch.exp(-y))),
@@ -67,7 +72,7 @@ _TAILS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
         0.5 * torch.special.erfc(y * math.sqrt(0.5)),
         torch.log(0.5 * torch.special.erfcx(y * math.sqrt(0.5))) - 0.5 * y * y,
     ),
-    "reciprocal": lambda y: _and_log(1 / (2 + y)),
+    "reciprocal": lambda y: _and_log(_reciprocal_tail(y)),
     "optimal": lambda y: _and_log(_optimal_tail(y)),
 }
 
