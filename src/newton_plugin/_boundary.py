@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,22 +43,13 @@ __all__ = ["BoundaryFinder", "Cut", "GraphCut", "LossCall", "ModuleOutput", "bou
 _SAME_NUMBERS = frozenset(("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze")) | {
     *("T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View")
 }
+_PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
 _TRANSPOSITIONS = frozenset(("Permute", "T", "Transpose"))
 _JOINS = frozenset(["Cat", "Stack"])
-# Operations that mix parameters with data, however the shapes look.
+# Operations that mix parameters with data, or pick from parameters by data, however the shapes look.
 _LAYERS = (
-    "mm",
-    "conv",
-    "linear",
-    "mv",
-    "norm",
-    "rnn",
-    "lstm",
-    "gru",
-    "embedding",
-    "attention",
-    "index",
-    "gather",
+    *("mm", "mv", "conv", "batchnorm", "layernorm", "groupnorm", "rmsnorm", "rnn", "lstm", "gru", "attention"),
+    *("embedding", "index", "gather"),
 )
 
 
@@ -126,10 +118,11 @@ class GraphCut:
         kinds: dict[Node, bool] = {}
 
         def skip(node: Node) -> bool:
-            return _parameter_only(node, kinds)
+            known = kinds.get(node)
+            return _parameter_only(node, kinds) if known is None else known
 
         def stop(edge: Edge) -> bool:
-            return len(edge_shape(edge)) > 0 and _owns_parameters(edge[0], kinds)
+            return _owns_parameters(edge[0], kinds) and len(edge_shape(edge)) > 0
 
         graph = explore(root, stop, skip)
         named = {edge: self._name(edge, kinds, k) for k, edge in enumerate(graph.stops)}
@@ -165,40 +158,54 @@ def _variable(leaf: Node) -> Tensor:
 def _parameter_only(node: Node, known: dict[Node, bool]) -> bool:
     """Whether a tensor was computed from parameters and constants alone: a transposed weight, a weight norm,
     a penalty; not what a layer made of parameters and data (which do not require grad, like constants).
+
+    Depth first, without recursion (graphs are deeper than Python's stack). One ancestor that saw data settles
+    everything computed from it, and a layer always has: a walk ends at the first one it meets.
     """
     if node in known:
         return known[node]
-    order, stack = [], [node]
-    while stack:  # depth first without recursion: graphs are deeper than Python's stack
-        current = stack.pop()
-        if current in known:
-            continue
-        order.append(current)
-        stack.extend(child for child, _ in children(current) if child not in known)
-        if len(order) > _PARAMETER_EXPRESSION:
-            known[node] = False  # no one writes a penalty this long: it is the network
-            return False
-    for current in reversed(order):
-        known[current] = _parameter_only_given_children(current, known)
+    stack = [(node, children(node))]
+    while stack:
+        current, rest = stack[-1]
+        verdict = None
+        if current not in known and (is_leaf(current) or _is_layer(current)):
+            verdict = is_leaf(current)
+        else:
+            child = next((c for c, _ in rest if not known.get(c, False)), None)
+            if child is None:
+                verdict = _made_of_parameters(current)
+            elif child in known:
+                verdict = False
+            else:
+                stack.append((child, children(child)))
+        if verdict is not None:
+            known[current] = verdict
+            stack.pop()
+            if not verdict:
+                known.update((user, False) for user, _ in stack)
+                stack.clear()
     return known[node]
 
 
-_PARAMETER_EXPRESSION = 100_000
+def _is_layer(node: Node) -> bool:
+    """Operations that stand for a layer applied to data; a bare matrix product may also be of two parameters."""
+    return _is_layer_name(node.name())
 
 
-def _parameter_only_given_children(node: Node, known: dict[Node, bool]) -> bool:
-    if is_leaf(node):
-        return True
+@functools.cache
+def _is_layer_name(name: str) -> bool:
+    return any(word in name.lower() for word in _LAYERS) and name.split("Backward")[0] not in _PRODUCTS
+
+
+def _made_of_parameters(node: Node) -> bool:
+    """The same for one node, all of whose inputs that require grad are made of parameters."""
     inputs = list(children(node))
-    if not inputs or not all(known.get(child, False) for child, _ in inputs):
+    if not inputs:
         return False
-    name = operation(node).lower()
-    if any(word in name for word in ("embedding", "index", "gather")):
-        return False  # picked by data, which leaves no trace in the graph
     if all(child is not None for child, _ in node.next_functions):
         return True
-    if any(word in name for word in _LAYERS):
-        return False
+    if operation(node) in _PRODUCTS:
+        return False  # the other factor is data
     shape = edge_shape((node, 0))
     return shape == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
 
@@ -206,7 +213,12 @@ def _parameter_only_given_children(node: Node, known: dict[Node, bool]) -> bool:
 def _owns_parameters(node: Node, known: dict[Node, bool]) -> bool:
     if is_leaf(node):
         return False
-    return any(_parameter_only(child, known) for child, _ in children(node))
+    for child, _ in node.next_functions:
+        if child is not None:
+            own = known.get(child)
+            if own or (own is None and _parameter_only(child, known)):
+                return True
+    return False
 
 
 def _towards_loss(named: Mapping[Edge, str], graph: LossGraph) -> dict[Edge, str]:

@@ -6,6 +6,7 @@ operation whose backward is ``node``. The *consumers* of an edge are the operati
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,12 @@ class LossGraph:
 
 def operation(node: Node) -> str:
     """The name of the operation: "AddmmBackward0" -> "Addmm"."""
-    return node.name().rsplit("::", 1)[-1].split("Backward")[0]
+    return _short(node.name())
+
+
+@functools.cache
+def _short(name: str) -> str:
+    return name.rsplit("::", 1)[-1].split("Backward")[0]
 
 
 def is_leaf(node: Node) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import mpmath as mp
 
-from newton_plugin.algorithms._layers import comparators
+from newton_plugin.algorithms._layers import schedule
 
 mp.mp.dps = 80
 
@@ -187,8 +187,12 @@ def sorting_network(layout: str, swap: str, steepness: float) -> Callable[[list[
         n = len(s)
         x = list(s)
         rows = [[s[0] * 0 + int(i == j) for j in range(n)] for i in range(n)]
-        for layer in comparators(n, layout):
-            for a, b in layer:
+        resting, layers = schedule(n, layout)
+        for layer in layers:
+            for first, second, direction in layer.wires():
+                if direction == 0:
+                    continue
+                a, b = (w - resting for w in (first, second)[::direction])
                 gap = steepness * (x[b] - x[a])
                 v, q = gap.map(*SWAPS[swap](gap.v)), (-gap).map(*SWAPS[swap](-gap.v))
                 x[a], x[b] = v * x[a] + q * x[b], q * x[a] + v * x[b]

@@ -240,6 +240,14 @@ def test_what_it_refuses() -> None:
         RankingLoss(3)  # type: ignore[arg-type]
     with pytest.raises(errors.ArgumentTypeError, match=r"\['temperature'\] belong to a method given by name.*partial"):
         RankingLoss(lambda s: s, temperature=0.1)
+    with pytest.raises(
+        errors.ArgumentTypeError, match=r"arguments of 'neural_sort': temperature, e\.g\. 0\.1; got none"
+    ):
+        RankingLoss("neural_sort")
+    with pytest.raises(
+        errors.ArgumentTypeError, match=r"arguments of 'soft_sort': temperature.*got steepness, temperature"
+    ):
+        RankingLoss("soft_sort", temperature=1.0, steepness=2.0)
     with pytest.raises(errors.ArgumentError, match=r"reduction must be one of 'mean', 'sum', 'none'; got 'avg'"):
         RankingLoss("neural_sort", temperature=0.1, reduction="avg")
     with pytest.raises(errors.ArgumentError, match=r"temperature must be positive and finite; got 0\. Smaller is"):

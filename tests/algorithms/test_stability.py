@@ -107,6 +107,6 @@ def test_the_textbook_loss_explodes_where_ours_does_not() -> None:
     x = 2 * torch.randn(5, generator=torch.Generator().manual_seed(0))
     r = (-x).argsort().argsort()
     assert torch.func.grad(textbook)(x, r).abs().max() > 1e3
-    assert torch.func.hessian(textbook)(x, r).abs().max() > 1e8
+    assert torch.func.hessian(textbook)(x, r).abs().max() > 1e6
     assert torch.func.grad(ours)(x, r).abs().max() < 5
     assert torch.func.hessian(ours)(x, r).abs().max() < 5

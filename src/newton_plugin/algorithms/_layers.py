@@ -5,75 +5,82 @@ known beforehand. Comparators that share no wire run side by side and form one l
 
 * odd-even transposition sort: n layers; neighbours (0,1), (2,3), ... and (1,2), (3,4), ... in turn;
 * bitonic sort: about log2(n)^2/2 layers; sort one half up and the other down, then merge. For n that is not a
-  power of two, the network of the next one is built and its first wires are left out with their comparators.
+  power of two, the network of the next one is built and its first wires rest.
 
-To apply a layer as one batched product of 2x2 matrices, the two wires of a pair must lie side by side. Each
-layer therefore carries the order in which it wants the wires, relative to the order in which the layer before
-left them; wires that rest in this layer are put into pairs of their own, marked as inactive. An odd n gets
-one more wire that always rests.
+In both, the partners in a layer are a constant ``step`` apart, so all pairs of a layer are two slices of a
+reshaped view: ``wires -> (blocks, 2, step)``, after ``offset`` wires at the start that rest. Nothing is
+gathered.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["LAYOUTS", "Layer", "comparators", "schedule"]
+import torch
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "Layer", "join", "replace", "schedule", "split"]
 
 LAYOUTS = ("odd_even", "bitonic")
 
 
 class Layer(NamedTuple):
-    """One layer: gather the wires, then compare positions (0, 1), (2, 3), ..."""
+    """One layer: the wires offset ... offset + 2 * pairs - 1, in blocks of two runs of ``step`` wires."""
 
-    gather: tuple[int, ...]  # new position -> position in the order of the layer before
-    active: tuple[bool, ...]  # one per pair
-    depth: int  # number of the layer
+    offset: int
+    step: int
+    pairs: int
+    # per pair 1: the smaller goes to the first wire, -1: to the second, 0: the pair rests
+    direction: tuple[int, ...]
+
+    def wires(self) -> list[tuple[int, int, int]]:
+        """(first wire, second wire, direction) of each pair."""
+        first = [self.offset + p // self.step * 2 * self.step + p % self.step for p in range(self.pairs)]
+        return [(a, a + self.step, d) for a, d in zip(first, self.direction, strict=True)]
 
 
-def comparators(n: int, layout: str) -> list[list[tuple[int, int]]]:
-    """The layers as pairs (wire of the smaller, wire of the larger).
+def schedule(n: int, layout: str) -> tuple[int, list[Layer]]:
+    """``(resting, layers)``: the network has ``resting`` wires that carry nothing, before the n real ones.
 
-    >>> comparators(4, "odd_even")
+    >>> resting, layers = schedule(4, "odd_even")
+    >>> [[(a, b) for a, b, _ in layer.wires()] for layer in layers]
     [[(0, 1), (2, 3)], [(1, 2)], [(0, 1), (2, 3)], [(1, 2)]]
-    >>> comparators(4, "bitonic")
-    [[(0, 1), (3, 2)], [(0, 2), (1, 3)], [(0, 1), (2, 3)]]
+    >>> schedule(4, "bitonic")[1][0].wires(), schedule(3, "bitonic")[0]
+    ([(0, 1, 1), (2, 3, -1)], 1)
     """
+    if n == 1:
+        return 0, []
     if layout == "odd_even":
-        return [[(i, i + 1) for i in range(depth % 2, n - 1, 2)] for depth in range(n)] if n > 1 else []
+        counts = [(depth % 2, (n - depth % 2) // 2) for depth in range(n)]
+        return 0, [Layer(offset, 1, pairs, (1,) * pairs) for offset, pairs in counts if pairs]
     blocks = (n - 1).bit_length()
-    missing = (1 << blocks) - n
+    resting = (1 << blocks) - n
     layers = []
     for block in range(blocks):
         for step in (1 << k for k in range(block, -1, -1)):
-            low = [a for a in range(missing, n + missing - step) if not a & step]
-            down = 2 << block  # blocks of this many wires go up and down in turn
-            pairs = [(a, a + step) if not a & down else (a + step, a) for a in low]
-            layers.append([(a - missing, b - missing) for a, b in pairs])
-    return layers
+            firsts = [a for a in range(1 << blocks) if not a & step]
+            down = 2 << block  # runs of this many wires go up and down in turn
+            direction = tuple(0 if a < resting else -1 if a & down else 1 for a in firsts)
+            layers.append(Layer(0, step, len(firsts), direction))
+    return resting, layers
 
 
-def schedule(n: int, layout: str) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-    """The layers of a network of n wires, and the gather that puts the wires back in order at the end."""
-    wires = n + n % 2
-    order = list(range(wires))
-    layers = []
-    for depth, pairs in enumerate(comparators(n, layout)):
-        used = {wire for pair in pairs for wire in pair}
-        rest = [wire for wire in range(wires) if wire not in used]
-        flat = [wire for pair in sorted(pairs, key=min) for wire in pair]
-        # Either order of the resting wires will do; the one that makes the gather a rotation is cheaper.
-        wanted = min((flat + rest, flat + rest[::-1]), key=lambda new: not _rotation(_relative(order, new)))
-        active = tuple(k < len(pairs) for k in range(wires // 2))
-        layers.append(Layer(_relative(order, wanted), active, depth))
-        order = wanted
-    return tuple(layers), _relative(order, list(range(wires)))
+def split(state: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+    """The first and the second wires of all pairs: (..., wires, k) -> two views (..., blocks, step, k)."""
+    pairs = state.narrow(-2, layer.offset, 2 * layer.pairs).unflatten(-2, (-1, 2, layer.step))
+    first, second = pairs.unbind(-3)
+    return first, second
 
 
-def _relative(old: list[int], new: list[int]) -> tuple[int, ...]:
-    place = {wire: k for k, wire in enumerate(old)}
-    return tuple(place[wire] for wire in new)
+def join(first: Tensor, second: Tensor, state: Tensor, layer: Layer) -> Tensor:
+    """``state`` with its pairs replaced: the inverse of ``split``."""
+    return replace(torch.stack((first, second), -3).flatten(-4, -2), state, layer)
 
 
-def _rotation(gather: tuple[int, ...]) -> bool:
-    n = len(gather)
-    return all((gather[k] - gather[0] - k) % n == 0 for k in range(n))
+def replace(pairs: Tensor, state: Tensor, layer: Layer) -> Tensor:
+    """``state`` with the wires of the layer replaced by ``pairs`` (..., 2 * pairs, k)."""
+    end = layer.offset + 2 * layer.pairs
+    rest = state.shape[-2] - end
+    if layer.offset == 0 and rest == 0:
+        return pairs
+    return torch.cat((state.narrow(-2, 0, layer.offset), pairs, state.narrow(-2, end, rest)), -2)

@@ -55,7 +55,7 @@ def log_softmax_and_complement(logits: Tensor) -> tuple[Tensor, Tensor]:
     two = logits.detach().topk(2, dim=-1).indices
     column = torch.arange(logits.shape[-1], device=logits.device)
     first, second = column == two[..., :1], column == two[..., 1:]
-    z1, z2 = logits.gather(-1, two[..., :1]), logits.gather(-1, two[..., 1:])
+    z1, z2 = logits.gather(-1, two).split(1, -1)
 
     x = torch.exp((logits - z2).masked_fill(first | second, -torch.inf))
     tail = x.sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-from newton_plugin._errors import ArgumentTypeError, check_choice
+from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, check_choice
 from newton_plugin.algorithms._neural_sort import NeuralSort, neural_sort
 from newton_plugin.algorithms._soft_sort import SoftSort, soft_sort
 from newton_plugin.algorithms._sorting_network import AnyLengthNetwork, SortingNetwork
@@ -35,6 +35,11 @@ _BY_NAME: dict[str, Callable[..., Any]] = {
     "soft_sort": SoftSort,
     "sorting_network": AnyLengthNetwork,
 }
+_ARGUMENTS = {
+    "neural_sort": "temperature, e.g. 0.1",
+    "soft_sort": "temperature, e.g. 0.1, and p, 1 or 2",
+    "sorting_network": "layout, swap and steepness, all with defaults",
+}
 _BY_FUNCTION: list[tuple[Any, str]] = [
     (neural_sort, "neural_sort"),
     (soft_sort, "soft_sort"),
@@ -47,7 +52,13 @@ def resolve(method: Any, arguments: dict[str, Any]) -> Any:
     name = next((name for function, name in _BY_FUNCTION if method is function), method)
     if isinstance(name, str):
         check_choice("method", name, tuple(_BY_NAME), "Or pass a callable: scores -> P.")
-        return _BY_NAME[name](**arguments)
+        try:
+            return _BY_NAME[name](**arguments)
+        except NewtonPluginError:
+            raise
+        except TypeError as error:
+            given = ", ".join(sorted(arguments)) or "none"
+            raise ArgumentTypeError(f"keyword arguments of {name!r}: {_ARGUMENTS[name]}; got {given}.") from error
     if not (callable(method) or isinstance(method, LogProbabilities)):
         raise ArgumentTypeError(
             f"method must be one of {', '.join(map(repr, _BY_NAME))} or a callable scores -> P; "

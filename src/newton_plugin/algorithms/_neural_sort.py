@@ -82,9 +82,11 @@ class NeuralSort:
 
     def rows(self, scores: Tensor, k: int) -> Tensor:
         """The first k rows of P: scores (..., n) -> (..., k, n)."""
-        z = self._logits(scores, k)
         dtype = torch.float32 if scores.element_size() < 4 else scores.dtype
-        return torch.softmax((z - z.detach().amax(-1, keepdim=True)).to(dtype), dim=-1).to(scores.dtype)
+        n = scores.shape[-1] if scores.ndim else 0
+        if n <= 16 or dtype == torch.float64:
+            return torch.softmax(self._logits(scores, k), dim=-1).to(scores.dtype)
+        return torch.softmax(self._relative_logits(scores, k).to(dtype), dim=-1).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""
@@ -92,28 +94,47 @@ class NeuralSort:
 
     def _logits(self, scores: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
         check_scores(scores)
-        s = wide(scores)
-        s = (s - s.detach().amin(-1, keepdim=True)) / self.temperature  # a shift changes nothing: round less
+        s = wide(scores) / self.temperature
         n = s.shape[-1]
         coefficient = torch.arange(1 - n, 1 - n + 2 * k, 2, device=s.device, dtype=s.dtype).unsqueeze(-1)
         if lengths is None:
-            distance = _total_distance(s) if n > 64 else (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
-            return coefficient * s.unsqueeze(-2) - distance.unsqueeze(-2)
+            return coefficient * s.unsqueeze(-2) - _total_distance(s).unsqueeze(-2)
         present = torch.arange(n, device=s.device) < lengths.unsqueeze(-1)
         pairs = (s.unsqueeze(-1) - s.unsqueeze(-2)).abs() * present.unsqueeze(-2)
         coefficient = coefficient + (n - lengths)[..., None, None]
         z = coefficient * s.unsqueeze(-2) - pairs.sum(-1).unsqueeze(-2)
         return z.masked_fill(~present.unsqueeze(-2), log_zero(z))
 
+    def _relative_logits(self, scores: Tensor, k: int) -> Tensor:
+        """The logits minus the maximum of each row, in one product: all float64 work on matrices in one pass.
+
+        The maximum of row i is at the i-th sorted score t_i, and there ``z = t_i - 2 C_i + C_n`` with sign
+        changed, where C are the cumulative sums of t: put ``sum_k |t_i - t_k| = (2i - n) t_i - 2 C_i + C_n``
+        into z.
+        """
+        check_scores(scores)
+        s = wide(scores) / self.temperature
+        n = s.shape[-1]
+        coefficient = torch.arange(1 - n, 1 - n + 2 * k, 2, device=s.device, dtype=s.dtype)
+        t = s.detach().sort(-1).values
+        sums = t.cumsum(-1)
+        minus_max = (t - 2 * sums + sums[..., -1:])[..., :k]  # a constant: the softmax does not depend on it
+        one = torch.ones_like(minus_max)
+        left = torch.stack((coefficient.expand_as(one), one, minus_max), -1)
+        right = torch.stack((s, -_total_distance(s), torch.ones_like(s)), -2)
+        return left @ right
+
 
 def _total_distance(s: Tensor) -> Tensor:
-    """``sum_k |s_j - s_k|`` for every j in O(n log n), with the same derivative 0 at ties.
+    """``sum_k |s_j - s_k|`` for every j; for long lists in O(n log n), with the same derivative 0 at ties.
 
     With ``below`` elements smaller than s_j and ``above`` larger, it is ``(below - above) s_j`` minus the sum
     of the smaller plus the sum of the larger ones; tied elements are in neither.
     """
-    t = s.sort(-1).values
     n = s.shape[-1]
+    if n <= 64:
+        return (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
+    t = s.sort(-1).values
     below = torch.searchsorted(t.detach(), s.detach())
     upto = torch.searchsorted(t.detach(), s.detach(), right=True)
     sums = torch.nn.functional.pad(t.cumsum(-1), (1, 0))

@@ -80,7 +80,7 @@ class SoftSort:
         # Half of each score, so that the difference of two finite numbers is finite.
         half = 0.5 * (scores.float() if scores.element_size() < 4 else scores)
         distance = half.sort(dim=-1, stable=True).values[..., :k].unsqueeze(-1) - half.unsqueeze(-2)
-        power = distance.abs() if self.p == 1 else distance.square()
+        power = distance.abs() if self.p == 1 else distance * distance  # square() doubles d, which may overflow
         return torch.softmax(power * (-(2**self.p) / self.temperature), dim=-1).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

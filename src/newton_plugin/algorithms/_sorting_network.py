@@ -7,13 +7,14 @@ every factor is: no element is claimed twice, no rank is left out.
 **One pass over values, then what is asked for.** The blocks depend on the values on the wires only, so a
 first pass over vectors of length n finds them all. Then
 
-* sorted values are what that pass ends with;
-* ``P`` is the chain applied to the identity;
+* sorted values are a chain over vectors of length n;
+* ``P`` is the chain applied to the identity, with the values as one more column;
 * soft ranks ``P^T (0, ..., n-1)`` are the transposed chain, last layer first, applied to *one* vector (each L
-  is symmetric): ``P`` is never formed. The first k rows of ``P`` are the same with k unit vectors.
+  is symmetric), once the values are through: ``P`` is never formed. The first k rows of ``P`` are the same
+  with k unit vectors.
 
-Each layer is one batched product of 2x2 matrices with pairs of neighbouring rows; ``_layers`` arranges the
-wires so that they are neighbours.
+A layer is one vectorised operation on slices (``_layers``): with D = second - first, ``first + q D`` and
+``second - q D``. These never go below 0, rounding included: q <= 1, and D is at least minus the first.
 
 **Logarithms.** ``log P`` follows the same chain with logaddexp in place of sums. The complement needs no new
 idea: ``1 - P`` is also a vector on which the chain acts, since v (1 - p_a) + q (1 - p_b) = 1 - (v p_a + q
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_positive
-from newton_plugin.algorithms._layers import LAYOUTS, Layer, schedule
+from newton_plugin.algorithms._layers import LAYOUTS, Layer, join, replace, schedule, split
 from newton_plugin.algorithms._log_domain import log_zero, wide
 from newton_plugin.algorithms._neural_sort import check_scores
 from newton_plugin.algorithms._swaps import SWAPS, log_swap, swap
@@ -76,44 +77,50 @@ class SortingNetwork(torch.nn.Module):
             raise ArgumentError(f"n must be at least 1; got {n}. It is the length of the lists.")
         check_choice("layout", layout, LAYOUTS)
         check_choice("swap", swap, SWAPS)
-        self._active: Tensor
         self.n, self.layout, self.swap = n, layout, swap
         self.steepness = check_positive("steepness", steepness, "Larger is sharper, e.g. 10.")
-        self._layers, self._last = schedule(n, layout)
-        active = torch.tensor([layer.active for layer in self._layers], dtype=torch.bool)
-        self.register_buffer("_active", active.reshape(len(self._layers), (n + 1) // 2), persistent=False)
+        self._resting, self._layers = schedule(n, layout)
+        self._directions: Tensor
+        directions = [layer.direction for layer in self._layers] if layout == "bitonic" else []
+        self.register_buffer("_directions", torch.tensor(directions, dtype=torch.int8), persistent=False)
 
     def extra_repr(self) -> str:
         return f"{self.n}, layout={self.layout!r}, swap={self.swap!r}, steepness={self.steepness}"
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """``(sorted, P)`` of scores (..., n)."""
-        with _full_precision(scores):
-            values, blocks = self._blocks(self._prepare(scores))
-            state = _identity(values, self.n)
-            for layer, block in zip(self._layers, blocks, strict=True):
-                state = _apply(block, _gather(state, layer.gather))
-            p = _gather(state, self._last)[..., : self.n, :]
+        x = self._prepare(scores)
+        identity = torch.eye(self.n, dtype=x.dtype, device=x.device)
+        state = self._rest(identity.expand(*scores.shape[:-1], self.n, self.n))
+        if self.n < 64:
+            # The values ride along as one more column: one chain gives the shares and P (fewer operations).
+            state = torch.cat((state, x.unsqueeze(-1)), -1)
+            for depth, layer in enumerate(self._layers):
+                a, b = split(state.narrow(-1, self.n, 1), layer)
+                state = _apply(self._share(a, b, depth), state, layer)
+        else:
+            _, shares = self._swap_shares(x)
+            for layer, q in zip(self._layers, shares, strict=True):
+                state = _apply(q, state, layer)
+        p = state[..., self._resting :, : self.n]
+        values = (p * x.narrow(-1, self._resting, self.n).unsqueeze(-2)).sum(-1)  # exact where P is 0 or 1
         return values.to(scores.dtype), p.to(scores.dtype)
 
     def sort(self, scores: Tensor) -> Tensor:
         """The sorted values alone, ``P @ scores``, without P: (..., n) -> (..., n)."""
-        with _full_precision(scores):
-            return self._blocks(self._prepare(scores))[0].to(scores.dtype)
+        return self._swap_shares(self._prepare(scores))[0].to(scores.dtype)
 
     def ranks(self, scores: Tensor) -> Tensor:
         """Soft ranks ``P^T (0, ..., n-1)``, without P: (..., n) -> (..., n)."""
-        with _full_precision(scores):
-            x = self._prepare(scores)
-            places = torch.arange(self.n, dtype=x.dtype, device=x.device).unsqueeze(-1)
-            return self._transposed(x, places.expand(*x.shape[:-1], self.n, 1)).squeeze(-1).to(scores.dtype)
+        x = self._prepare(scores)
+        places = torch.arange(self.n, dtype=x.dtype, device=x.device).unsqueeze(-1)
+        return self._transposed(x, places).squeeze(-1).to(scores.dtype)
 
     def rows(self, scores: Tensor, k: int) -> Tensor:
         """The first k rows of P, without the others: (..., n) -> (..., k, n)."""
-        with _full_precision(scores):
-            x = self._prepare(scores)
-            units = torch.eye(self.n, k, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], self.n, k)
-            return self._transposed(x, units).transpose(-1, -2).to(scores.dtype)
+        x = self._prepare(scores)
+        units = torch.eye(self.n, k, dtype=x.dtype, device=x.device)
+        return self._transposed(x, units).transpose(-1, -2).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n) -> two of (..., n, n), in float64.
@@ -126,22 +133,26 @@ class SortingNetwork(torch.nn.Module):
                 f"mask needs layout='odd_even'; got layout={self.layout!r}. A bitonic network does not "
                 "contain those of shorter lists: group the lists by length instead."
             )
-        x = wide(self._prepare(scores))
-        state = _log_identity(x, self.n)
-        for layer, active in zip(self._layers, self._active, strict=True):
-            x, state = _gather(x.unsqueeze(-1), layer.gather).squeeze(-1), _gather(state, layer.gather)
+        x = wide(self._prepare(scores)).unsqueeze(-1)
+        state = self._log_identity(x)
+        for depth, layer in enumerate(self._layers):
+            a, b = split(x, layer)
+            direction = self._direction(depth)
+            gap = (b - a) if direction is None else (b - a) * direction
+            log_v, log_q = log_swap(self.swap, self.steepness * gap)
+            active = None if not self._resting else direction != 0
             if lengths is not None:
-                active = active & _within(layer, lengths, self.n)
-            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            log_v, log_q = log_swap(self.swap, self.steepness * (b - a))
-            log_v = torch.where(active, log_v, 0.0)
-            log_q = torch.where(active, log_q, log_zero(log_q))
+                ends = torch.arange(layer.pairs, device=x.device) * 2 + layer.offset + 1
+                active = (ends < lengths.unsqueeze(-1)) & (depth < lengths.unsqueeze(-1))
+                active = active[..., None, None]
+            if active is not None:
+                log_v = torch.where(active, log_v, 0.0)
+                log_q = torch.where(active, log_q, log_zero(log_q))
             move = torch.exp(log_q) * (b - a)
-            x = torch.stack((a + move, b - move), -1).flatten(-2)
-            stay, cross = log_v[..., None, None], log_q[..., None, None]
-            pairs = state.unflatten(-2, (-1, 2))
-            state = _log_add(stay + pairs, cross + pairs.flip(-2)).flatten(-3, -2)
-        state = _gather(state, self._last)[..., : self.n, :]
+            x = join(a + move, b - move, x, layer)
+            p, r = split(state, layer)
+            state = join(_log_add(log_v + p, log_q + r), _log_add(log_q + p, log_v + r), state, layer)
+        state = state.narrow(-2, self._resting, self.n)
         return state[..., : self.n], state[..., self.n :]
 
     def _prepare(self, scores: Tensor) -> Tensor:
@@ -152,29 +163,50 @@ class SortingNetwork(torch.nn.Module):
                 f"{tuple(scores.shape)}. Build one with SortingNetwork({scores.shape[-1]})."
             )
         x = scores.float() if scores.element_size() < 4 else scores
-        return torch.nn.functional.pad(x, (0, self.n % 2))  # an odd n gets a wire that always rests
+        return torch.nn.functional.pad(x, (self._resting, 0)) if self._resting else x
 
-    def _blocks(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Sorted values (..., n), and per layer the 2x2 blocks (..., pairs, 2, 2)."""
-        blocks = []
-        for layer, active in zip(self._layers, self._active, strict=True):
-            pairs = _gather(x.unsqueeze(-1), layer.gather).unflatten(-2, (-1, 2))
-            gap = self.steepness * (pairs[..., 1, 0] - pairs[..., 0, 0])
-            v = torch.where(active, swap(self.swap, gap), 1.0)
-            q = torch.where(active, swap(self.swap, -gap), 0.0)
-            block = torch.stack((v, q, q, v), -1).unflatten(-1, (2, 2))
-            blocks.append(block)
-            x = (block @ pairs).flatten(-3)
-        return _gather(x.unsqueeze(-1), self._last).squeeze(-1)[..., : self.n], blocks
+    def _rest(self, state: Tensor) -> Tensor:
+        """Rows of zeros for the wires that rest, before the real ones."""
+        return torch.nn.functional.pad(state, (0, 0, self._resting, 0)) if self._resting else state
+
+    def _direction(self, depth: int) -> Tensor | None:
+        """(blocks, step, 1) of 1, -1, 0 for one layer; None where every pair is 1."""
+        if self.layout == "odd_even":
+            return None
+        return self._directions[depth].view(-1, self._layers[depth].step, 1)
+
+    def _share(self, a: Tensor, b: Tensor, depth: int) -> Tensor:
+        """The share q that changes wires in one layer, for values a and b (..., blocks, step, 1)."""
+        direction = self._direction(depth)
+        gap = (a - b) if direction is None else (a - b) * direction
+        q = swap(self.swap, self.steepness * gap)
+        return q * (direction != 0) if self._resting and direction is not None else q
+
+    def _swap_shares(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Sorted values (..., n), and the share q (..., blocks, step, 1) of each layer."""
+        shares = []
+        x = x.unsqueeze(-1)
+        for depth, layer in enumerate(self._layers):
+            a, b = split(x, layer)
+            q = self._share(a, b, depth)
+            shares.append(q)
+            x = join(torch.lerp(a, b, q), torch.lerp(b, a, q), x, layer)  # exact at q = 0 and q = 1
+        return x.squeeze(-1).narrow(-1, self._resting, self.n), shares
 
     def _transposed(self, x: Tensor, columns: Tensor) -> Tensor:
-        """``P^T columns``: (..., n, k) -> (..., n, k)."""
-        _, blocks = self._blocks(x)
-        state = torch.nn.functional.pad(columns, (0, 0, 0, self.n % 2))
-        state = _gather(state, _inverse(self._last))
-        for layer, block in zip(reversed(self._layers), reversed(blocks), strict=True):
-            state = _gather(_apply(block, state), _inverse(layer.gather))
-        return state[..., : self.n, :]
+        """``P^T columns``: x (..., wires), columns (n, k) -> (..., n, k)."""
+        _, shares = self._swap_shares(x)
+        state = self._rest(columns.expand(*x.shape[:-1], *columns.shape))
+        for layer, q in zip(reversed(self._layers), reversed(shares), strict=True):
+            state = _apply(q, state, layer)
+        return state.narrow(-2, self._resting, self.n)
+
+    def _log_identity(self, x: Tensor) -> Tensor:
+        """(..., wires, 2n): log I beside log(1 - I), for x (..., wires, 1)."""
+        one = torch.eye(self.n, dtype=torch.bool, device=x.device)
+        logs = torch.zeros(self.n, 2 * self.n, dtype=x.dtype, device=x.device)
+        logs = self._rest(logs.masked_fill(torch.cat((~one, one), -1), log_zero(x)))
+        return logs.expand(*x.shape[:-2], *logs.shape)
 
 
 class AnyLengthNetwork:
@@ -214,48 +246,22 @@ class AnyLengthNetwork:
         return self.of(scores).log_probabilities(scores, lengths)
 
 
-def _full_precision(scores: Tensor) -> torch.autocast:
-    # Products of 2x2 blocks are matrix products to autocast, which would run them in half precision.
-    return torch.autocast(scores.device.type, enabled=False)
+def _apply(q: Tensor, state: Tensor, layer: Layer) -> Tensor:
+    """One layer on state (..., wires, k)."""
+    if layer.step == 1 and state.shape[-1] >= 64:
+        return _apply_blocks(q, state, layer)
+    first, second = split(state, layer)
+    move = q * (second - first)
+    return join(first + move, second - move, state, layer)
 
 
-def _apply(block: Tensor, state: Tensor) -> Tensor:
-    """Blocks (..., pairs, 2, 2) times neighbouring rows of state (..., wires, k)."""
-    return (block @ state.unflatten(-2, (-1, 2))).flatten(-3, -2)
-
-
-def _gather(state: Tensor, gather: tuple[int, ...]) -> Tensor:
-    """Rows of state (..., wires, k) in a new order; a rotation where it is one (its backward is a rotation
-    too)."""
-    wires, first = len(gather), gather[0]
-    if all(gather[k] == (first + k) % wires for k in range(wires)):
-        return state if first == 0 else state.roll(-first, -2)
-    return state.index_select(-2, torch.tensor(gather, device=state.device))
-
-
-def _inverse(gather: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(gather)), key=gather.__getitem__))
-
-
-def _identity(x: Tensor, n: int) -> Tensor:
-    """(..., wires, n): the identity, with a row of zeros for the wire that rests."""
-    wires = n + n % 2
-    return torch.eye(wires, n, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], wires, n)
-
-
-def _log_identity(x: Tensor, n: int) -> Tensor:
-    """(..., wires, 2n): log I beside log(1 - I)."""
-    one = torch.eye(x.shape[-1], n, dtype=torch.bool, device=x.device)
-    logs = torch.zeros(x.shape[-1], 2 * n, dtype=x.dtype, device=x.device)
-    logs = logs.masked_fill(torch.cat((~one, one), -1), log_zero(x))
-    return logs.expand(*x.shape[:-1], x.shape[-1], 2 * n)
-
-
-def _within(layer: Layer, lengths: Tensor, n: int) -> Tensor:
-    """(..., pairs): whether the layer and both wires of a pair belong to the network of the shorter list."""
-    # Odd-even pairs are (i, i + 1) with i of the parity of the layer, in this order.
-    upper = torch.arange(len(layer.active), device=lengths.device) * 2 + layer.depth % 2 + 1
-    return (upper < lengths.unsqueeze(-1)) & (layer.depth < lengths.unsqueeze(-1))
+def _apply_blocks(q: Tensor, state: Tensor, layer: Layer) -> Tensor:
+    """The same as products of 2x2 blocks with pairs of rows: from 64 columns on it is faster (measured, CPU)."""
+    # q is (..., blocks, step = 1, 1), and so is each entry of the block.
+    block = torch.cat((torch.cat((1 - q, q), -1), torch.cat((q, 1 - q), -1)), -2)
+    with torch.autocast(state.device.type, enabled=False):  # to autocast these are matrix products
+        pairs = block @ state.narrow(-2, layer.offset, 2 * layer.pairs).unflatten(-2, (-1, 2))
+    return replace(pairs.flatten(-3, -2), state, layer)
 
 
 def _log_add(a: Tensor, b: Tensor) -> Tensor:
