@@ -91,6 +91,11 @@ class LossHook:
         parts = [self._settings.describe()] + [f"boundary={self.boundary!r}"] * (self.boundary != "auto")
         return f"LossHook({', '.join(filter(None, parts))})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps settings and running state; it is attached to no module and knows no last batch."""
+        finders = [] if self._names else [GraphCut()]
+        return {**self.__dict__, "_finders": finders, "_used": []}
+
     def attach(self, module: nn.Module) -> None:
         """Tell the hook the model, so that names mean something; registers forward hooks on named submodules.
 

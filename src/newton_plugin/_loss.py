@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -167,17 +166,12 @@ class NewtonLoss(nn.Module):
         return MethodType(clone, instance)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the states of the objects whose method it is."""
-        return {**self.__dict__, "_clones": WeakKeyDictionary()}
+        """Copies and pickles go on from the same state, without those of the objects whose method it is."""
+        return {k: v for k, v in self.__dict__.items() if k != "_clones"}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NewtonLoss:
-        """A copy with a state of its own."""
-        new = NewtonLoss.__new__(NewtonLoss)
-        memo[id(self)] = new
-        state = {k: v for k, v in self.__dict__.items() if k != "_clones"}
-
-        new.__dict__.update(copy.deepcopy(state, memo), _clones=WeakKeyDictionary())
-        return new
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._clones = WeakKeyDictionary()
 
 
 def newton_loss(

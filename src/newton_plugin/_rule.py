@@ -128,6 +128,10 @@ class StepRule:
     _zero: Tensor | None = None
     _reported: set[str] = field(default_factory=set)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep the running state and not the last batch."""
+        return {**self.__dict__, "last": None, "last_gradient": None}
+
     @torch.no_grad()
     def __call__(self, gradient: Tensor, hvp: HVP | None) -> CurvatureStep:
         """Rows (N, m) of any floating dtype in; the step in the working dtype out."""

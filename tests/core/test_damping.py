@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.twins import relative_error
 from torch import Tensor, nn
 
 import newton_plugin as npl
 from newton_plugin._curvature import EmpiricalFisher
-from tests.twins import relative_error
 
 G = torch.Generator().manual_seed(0)
 

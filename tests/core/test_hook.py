@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
+import pickle
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +192,27 @@ def test_state_survives_a_checkpoint() -> None:
     for h in (hook, restored):
         h(F.cross_entropy(net(X), T))
     assert hook.diagnostics() == restored.diagnostics()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda hook: pickle.loads(pickle.dumps(hook))])
+@pytest.mark.parametrize("curvature", ["fisher", "hessian", "norm", "auto"])
+def test_copies_go_on_from_the_same_state(clone: Callable[[Any], Any], curvature: str) -> None:
+    net = model()
+    hook, wrapped = npl.LossHook(curvature=curvature), npl.NewtonLoss(nn.CrossEntropyLoss(), curvature=curvature)
+    for k in range(3):
+        hook(F.cross_entropy(net(X) * (k + 1), T))
+        wrapped(net(X) * (k + 1), T)
+    other, other_wrapped = clone(hook), clone(wrapped)
+    assert other.diagnostics() == {}
+    for h in (hook, other):
+        h(F.cross_entropy(net(X), T))
+    assert hook.diagnostics() == other.diagnostics()
+    gradients = []
+    for loss in (wrapped, other_wrapped):
+        net.zero_grad()
+        loss(net(X), T).backward()
+        gradients.append(flat(net))
+    assert torch.equal(*gradients)
 
 
 def test_no_grad_is_left_alone_and_random_state_is_the_users() -> None:

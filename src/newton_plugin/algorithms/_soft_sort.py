@@ -77,11 +77,12 @@ class SoftSort:
     def rows(self, scores: Tensor, k: int) -> Tensor:
         """The first k rows of P: scores (..., n) -> (..., k, n)."""
         check_scores(scores)
-        # Half of each score, so that the difference of two finite numbers is finite.
-        half = 0.5 * (scores.float() if scores.element_size() < 4 else scores)
-        distance = half.sort(dim=-1, stable=True).values[..., :k].unsqueeze(-1) - half.unsqueeze(-2)
-        power = distance.abs() if self.p == 1 else distance * distance  # square() doubles d, which may overflow
-        return torch.softmax(power * (-(2**self.p) / self.temperature), dim=-1).to(scores.dtype)
+        s = scores.float() if scores.element_size() < 4 else scores
+        if self.p == 2:
+            s = 0.5 * s  # so that the difference of two finite numbers is finite; the factor 4 comes back below
+        d = s.sort(dim=-1, stable=True).values[..., :k].unsqueeze(-1) - s.unsqueeze(-2)
+        z = d.abs() * (-1 / self.temperature) if self.p == 1 else d * d * (-4 / self.temperature)
+        return torch.softmax(z, dim=-1).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""
