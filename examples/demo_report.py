@@ -44,7 +44,8 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, floa
 def table(runs: Runs, setting: Setting) -> Table:
     """A row for each arm: accuracy on the test images, time, and the paired difference."""
     seeds = len(values(runs, setting, setting.arms[0].name, "full"))
-    result = Table(title=f"{setting.title}; {seeds} seeds, mean (sd)", title_justify="left", box=box.SIMPLE)
+    title = f"{setting.title}; {seeds} seeds, mean (sd)"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     headers = ("loss", "rankings\nright, %", "elements\nright, %", "seconds", "difference in\nrankings right")
     for header in headers:
         result.add_column(header, justify="left" if header == "loss" else "right", no_wrap=True)
@@ -64,7 +65,7 @@ def _difference(runs: Runs, setting: Setting, arm: Arm) -> str:
         return ""
     ours, theirs = (100 * values(runs, setting, name, "full") for name in (arm.name, arm.against))
     mean, half = paired_difference(ours, theirs)
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+    return f"{mean:+.1f}" + f" [{mean - half:.1f}, {mean + half:.1f}]" * (len(ours) > 1)
 
 
 def plot(runs: Runs, settings: Sequence[Setting], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,9 +40,9 @@ class Curve(pl.Callback):
 def train(job: Job, alive: Callable[[int], Any] | None = None) -> dict[str, Any]:
     """Train one network; its validation curve, and its accuracy on the test images at the end."""
     setting, arm = job.setting, job.arm
-    curve = Curve(alive or _QUEUE.put)
+    curve = Curve(alive or _tell)
     pl.seed_everything(job.seed, verbose=False)
-    data = DigitRankingData(n=setting.n, steps=job.steps, seed=1000 + job.seed)
+    data = DigitRankingData(setting.n, steps=job.steps, seed=1000 + job.seed)
     model = RankDigits(arm.loss, setting.temperature, setting.learning_rate, job.steps)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -61,6 +62,13 @@ def train(job: Job, alive: Callable[[int], Any] | None = None) -> dict[str, Any]
     result = {"setting": setting.title, "arm": arm.name, "seed": job.seed, "steps": job.steps}
     result |= {"full": test["test/full"], "elements": test["test/elements"], "seconds": seconds}
     return {**result, "validation": curve.points}
+
+
+def _tell(steps: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():
+        os._exit(1)  # nobody is waiting for this any more
+    _QUEUE.put(steps)
 
 
 def quiet(queue: Any = None) -> None:

@@ -18,10 +18,12 @@ PARTS: dict[Part, slice] = {
 
 
 def digit_images(part: Part) -> tuple[Tensor, Tensor]:
-    """Images (K, 64) scaled to [0, 1] and their digits (K,)."""
+    """Images (K, 64) and their digits (K,); pixels have mean 0 and deviation 1 over the training images."""
     digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))[PARTS[part]]
-    return torch.tensor(digits.data, dtype=torch.float32)[order] / 16, torch.tensor(digits.target)[order]
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    images, labels = torch.tensor(digits.data, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+    train = images[PARTS["train"]]
+    return ((images - train.mean()) / train.std())[PARTS[part]], labels[PARTS[part]]
 
 
 class DigitLists:

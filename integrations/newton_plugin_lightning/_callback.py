@@ -83,16 +83,15 @@ class NewtonLosses(CallbackBase):
         log: bool = True,
     ) -> None:
         super().__init__()
-        self._settings: dict[str, Any] = {
-            "curvature": curvature,
-            "damping": damping,
-            "structure": structure,
-            "power": power,
-            "reduction": reduction,
-            "boundary": boundary,
-            "feature_dims": feature_dims,
-        }
-        self.hook = LossHook(**self._settings)
+        self.hook = LossHook(
+            curvature=curvature,
+            damping=damping,
+            structure=structure,
+            power=power,
+            reduction=reduction,
+            boundary=boundary,
+            feature_dims=feature_dims,
+        )
         self.start_step = _check_start_step(start_step)
         self.sync = _check_flag("sync", sync)
         # Not `self.log`: Lightning puts the module's own `log` there, on every callback.
@@ -190,18 +189,10 @@ class NewtonLosses(CallbackBase):
         self._forget_fit()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are callbacks in no ``fit``: the settings and the running state, no module."""
-        left_out = ("hook", "_patch", "_module", "log", "log_dict")  # Lightning binds the last two to the module
+        """Copies and pickles are callbacks in no ``fit``: settings and running state, no module."""
+        left_out = ("log", "log_dict")  # set by Lightning, bound to the module
         state = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**state, "_running": self.hook.state_dict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        running = state.pop("_running")
-        vars(self).update(state)
-        self.hook = LossHook(**self._settings)
-        self.hook.load_state_dict(running)
-        self._module = None
-        self._forget_fit()
+        return {**state, "_patch": None, "_module": None, "_attached": False, "_hooked": False}
 
 
 def _is_training(trainer: Any) -> bool:

@@ -116,29 +116,35 @@ class NeuralSort:
         s = wide(scores) / self.temperature
         n = s.shape[-1]
         coefficient = torch.arange(1 - n, 1 - n + 2 * k, 2, device=s.device, dtype=s.dtype)
-        t = s.detach().sort(-1).values
+        t = s.sort(-1).values
         sums = t.cumsum(-1)
-        minus_max = (t - 2 * sums + sums[..., -1:])[..., :k]  # a constant: the softmax does not depend on it
+        # A constant of each row, on which the softmax does not depend.
+        minus_max = (t - 2 * sums + sums[..., -1:]).detach()[..., :k]
         one = torch.ones_like(minus_max)
         left = torch.stack((coefficient.expand_as(one), one, minus_max), -1)
-        right = torch.stack((s, -_total_distance(s), torch.ones_like(s)), -2)
+        right = torch.stack((s, -_distance_by_sums(s, t, sums), torch.ones_like(s)), -2)
         return left @ right
 
 
 def _total_distance(s: Tensor) -> Tensor:
-    """``sum_k |s_j - s_k|`` for every j; for long lists in O(n log n), with the same derivative 0 at ties.
+    """``sum_k |s_j - s_k|`` for every j, with the derivative 0 at ties."""
+    if s.shape[-1] <= 64:
+        return (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
+    t = s.sort(-1).values
+    return _distance_by_sums(s, t, t.cumsum(-1))
+
+
+def _distance_by_sums(s: Tensor, t: Tensor, sums: Tensor) -> Tensor:
+    """The same in O(n log n), from the sorted scores t and their cumulative sums.
 
     With ``below`` elements smaller than s_j and ``above`` larger, it is ``(below - above) s_j`` minus the sum
     of the smaller plus the sum of the larger ones; tied elements are in neither.
     """
-    n = s.shape[-1]
-    if n <= 64:
-        return (s.unsqueeze(-1) - s.unsqueeze(-2)).abs().sum(-1)
-    t = s.sort(-1).values
-    below = torch.searchsorted(t.detach(), s.detach())
-    upto = torch.searchsorted(t.detach(), s.detach(), right=True)
-    sums = torch.nn.functional.pad(t.cumsum(-1), (1, 0))
-    return (below + upto - n) * s - sums.gather(-1, below) + sums[..., -1:] - sums.gather(-1, upto)
+    key, among = s.detach(), t.detach()
+    below, upto = torch.searchsorted(among, key), torch.searchsorted(among, key, right=True)
+    sums = torch.nn.functional.pad(sums, (1, 0))
+    far = sums.gather(-1, below) + sums.gather(-1, upto)
+    return (below + upto - s.shape[-1]) * s - far + sums[..., -1:]
 
 
 def check_scores(scores: Tensor) -> None:

@@ -28,10 +28,10 @@ class RankingLoss(torch.nn.Module):
 
     Args:
         method: ``"neural_sort"``, ``"soft_sort"``, ``"sorting_network"`` (or the function or class itself),
-            with keyword arguments; an object with a method ``log_probabilities(scores) -> (log P, log(1 -
-            P))``, such as a ``SortingNetwork``; or any callable ``scores -> P``. Only the last is not in the
-            log domain: it gets PyTorch's ``binary_cross_entropy`` on ``P``, which clips logarithms at -100
-            and whose float32 gradients explode on saturated wrong orders.
+            with keyword arguments; an object whose ``log_probabilities(scores)`` gives log P and log(1 - P),
+            such as a ``SortingNetwork``; or any callable ``scores -> P``. Only the last is not in the log
+            domain: it gets PyTorch's ``binary_cross_entropy`` on ``P``, which clips logarithms at -100 and
+            whose float32 gradients explode on saturated wrong orders.
         reduction: ``"mean"`` or ``"sum"`` over the lists, or ``"none"`` (one value per list).
         **kwargs: given to the method, e.g. ``temperature=0.1`` or ``layout="bitonic", steepness=20.0``.
 

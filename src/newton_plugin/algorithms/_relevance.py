@@ -69,11 +69,11 @@ def ndcg_loss(
 def average_precision_loss(scores: Tensor, relevance: Tensor, method: Method = "neural_sort", **kwargs: Any) -> Tensor:
     r"""One minus average precision, mean over the lists.
 
-    .. math:: 1 - \frac{1}{R}\sum_{i=1}^{n} \frac{r_i}{i} \Big(1 + \sum_{l < i} r_l\Big), \qquad r = P \,
-    \text{relevance}
+    .. math:: 1 - \frac{1}{R}\sum_{i=1}^{n} \frac{r_i}{i} \Big(1 + \sum_{l < i} r_l\Big)
 
-    With a permutation matrix the bracket counts the relevant elements down to position i, so this is average
-    precision; with a soft one it is its expectation when the rows of P are drawn independently.
+    with r = P @ relevance and R relevant elements. With a permutation matrix the bracket counts the relevant
+    elements down to position i, so this is average precision; with a soft one it is its expectation when the
+    rows of P are drawn independently.
 
     Args:
         scores: (..., n), floating point.

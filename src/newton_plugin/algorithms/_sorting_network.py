@@ -38,9 +38,9 @@ __all__ = ["AnyLengthNetwork", "SortingNetwork"]
 class SortingNetwork(torch.nn.Module):
     r"""Differentiable sorting network for lists of n scores.
 
-    .. math:: P = L_K \cdots L_1, \qquad
-        L = \begin{pmatrix} f(x) & f(-x) \\ f(-x) & f(x) \end{pmatrix}, \quad x = \text{steepness} \cdot (b -
-        a)
+    .. math:: P = L_K \cdots L_1, \qquad L = \begin{pmatrix} f(x) & f(-x) \\ f(-x) & f(x) \end{pmatrix}
+
+    with x = steepness * (b - a) for each pair of wires that meet.
 
     Args:
         n: length of the lists; any n >= 1.
@@ -183,15 +183,15 @@ class SortingNetwork(torch.nn.Module):
         return q * (direction != 0) if self._resting and direction is not None else q
 
     def _swap_shares(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Sorted values (..., n), and the share q (..., blocks, step, 1) of each layer."""
-        shares = []
-        x = x.unsqueeze(-1)
+        """Sorted values (..., n), and the share q (..., blocks, step, 1) of each layer; in float64 inside."""
+        dtype, shares = x.dtype, []
+        x = wide(x).unsqueeze(-1)
         for depth, layer in enumerate(self._layers):
             a, b = split(x, layer)
             q = self._share(a, b, depth)
-            shares.append(q)
+            shares.append(q.to(dtype))
             x = join(torch.lerp(a, b, q), torch.lerp(b, a, q), x, layer)  # exact at q = 0 and q = 1
-        return x.squeeze(-1).narrow(-1, self._resting, self.n), shares
+        return x.squeeze(-1).narrow(-1, self._resting, self.n).to(dtype), shares
 
     def _transposed(self, x: Tensor, columns: Tensor) -> Tensor:
         """``P^T columns``: x (..., wires), columns (n, k) -> (..., n, k)."""
