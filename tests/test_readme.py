@@ -14,6 +14,19 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", README, re.DOTALL))
 
 
+class Batches:
+    """Two batches, as from a DataLoader."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Any:
+        return iter([self.tensors] * 2)
+
+
 def surroundings() -> dict[str, Any]:
     """What the reader has already: a model, data, a loss."""
     import pytorch_lightning as pl
@@ -46,7 +59,7 @@ def surroundings() -> dict[str, Any]:
         "npl": npl,
         "Trainer": trainer,
         "model": Model(),
-        "data": [(x, target)] * 2,
+        "data": Batches(x, target),
         "x": x,
         "target": target,
         "loss_fn": torch.nn.functional.cross_entropy,

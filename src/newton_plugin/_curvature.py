@@ -90,8 +90,7 @@ class Curvature(Protocol):
 
         Args:
             gradient: (N, m), the per-sample gradients ``g_i``, float64 where the device has it.
-            hvp: Hessian-vector products, None if ``needs_hessian`` is False or there is no Hessian; in that
-                case ``getattr(hvp, "reason", ...)`` is not available and the curvature falls back.
+            hvp: Hessian-vector products; None if ``needs_hessian`` is False.
             damping: the rule for the damping.
         """
         ...
@@ -158,17 +157,17 @@ class EmpiricalFisher:
         average = damping.averaging
         size = self._mean.update(gradient.square().sum() / (n * m), average.decay, average.growth)
         if self.structure == "isotropic":
-            d = damping(size)
+            d = damping.value(size)
             step = self._with_own(isotropic_step(size, d, gradient, self.power), gradient, damping)
             return CurvatureStep(step, d, size, lambda: (size, size))
         if self.structure == "per_sample":
-            return self._per_sample(gradient, damping(size))
+            return self._per_sample(gradient, damping.value(size))
         return self._push_through(gradient, size, damping)
 
     def _dense(self, gradient: Tensor, damping: Damping) -> CurvatureStep:
         average = damping.averaging
         c = self._mean.update(gradient.mT @ gradient / gradient.shape[0], average.decay, average.growth)
-        d = damping(eigenvalue_scale(c))
+        d = damping.value(eigenvalue_scale(c))
         solve = solve_definite(c, d, gradient) if self.power == 1 else solve_power(c, d, gradient, self.power)
         return CurvatureStep(self._with_own(solve, gradient, damping), d, c, lambda: dense_extremes(c))
 
@@ -199,7 +198,7 @@ class EmpiricalFisher:
         own = gradient.square().sum() / (n * m)
         weight = torch.where(own > 0, size / own, 1.0) / n
         gram = finite_or_identity(gradient @ gradient.mT) * weight
-        d = damping(torch.linalg.matrix_norm(gram) / m**0.5)  # G'G and GG' share their eigenvalues
+        d = damping.value(torch.linalg.matrix_norm(gram) / m**0.5)  # G'G and GG' share their eigenvalues
         step = self._with_own(solve_push_through(gradient, gram, d, self.power), gradient, damping)
         return CurvatureStep(step, d, None, lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(gram).max()))
 
@@ -220,7 +219,7 @@ class _BatchRelative:
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
 
-    def __call__(self, scale: Tensor) -> Tensor:
+    def value(self, scale: Tensor) -> Tensor:
         return (self.ratio * scale).clamp_min(torch.finfo(scale.dtype).tiny)
 
 

@@ -1,7 +1,7 @@
 """How much of the identity is added to the curvature before it is inverted.
 
 ``damping -> 0`` is the pure Newton step, ``damping -> infinity`` is the gradient divided by the damping.
-A rule is anything with a ``decay`` and a call from the scale of C to a damping; see :class:`Damping`.
+A rule says how C is averaged and, given the scale of C, the damping; see :class:`Damping`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Damping(Protocol):
 
     averaging: Averaging
 
-    def __call__(self, scale: Tensor) -> Tensor:
+    def value(self, scale: Tensor) -> Tensor:
         """The damping, in units of C: a tensor without dimensions, on the device of ``scale``.
 
         Args:
@@ -73,7 +73,7 @@ class Tikhonov:
     def __init__(self, damping: float = 0.1) -> None:
         self.damping = check_positive("damping", damping, _HINT)
 
-    def __call__(self, scale: Tensor) -> Tensor:
+    def value(self, scale: Tensor) -> Tensor:
         return torch.full_like(scale, self.damping)
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class AutoDamping:
         )
         self._slow = RunningMean()
 
-    def __call__(self, scale: Tensor) -> Tensor:
+    def value(self, scale: Tensor) -> Tensor:
         floor = self.floor * self._slow.update(scale, _SLOW_DECAY) if self.averaging.decay else 0 * scale
         # The tiny floor only keeps 0 / 0 out where every gradient so far was exactly zero.
         return (self.ratio * torch.maximum(scale, floor)).clamp_min(torch.finfo(scale.dtype).tiny)
@@ -159,5 +159,5 @@ def resolve_damping(damping: object) -> Damping:
         return damping
     raise ArgumentTypeError(
         "damping must be a positive number, 'auto' or an object with the Damping protocol (an attribute averaging "
-        f"and a call scale -> damping); got {damping!r} of type {type(damping).__name__}."
+        f"and a method value(scale) -> damping); got {damping!r} of type {type(damping).__name__}."
     )

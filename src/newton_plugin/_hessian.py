@@ -115,15 +115,15 @@ class Hessian:
         if self.structure == "per_sample":
             finite = torch.isfinite(c).all()
             c = finite_or_identity(c)
-            d = damping(self._mean.update(eigenvalue_scale(c).mean(), average.decay, average.growth))
+            d = damping.value(self._mean.update(eigenvalue_scale(c).mean(), average.decay, average.growth))
             solved = torch.where(finite, self._dense(c, d, gradient), torch.nan)
             return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero)
         c = self._mean.update(c, average.decay, average.growth)
         if self.structure == "isotropic":
-            d = damping(c.abs())
+            d = damping.value(c.abs())
             solved = isotropic_step(c, d, gradient, self.power)
             return CurvatureStep(solved, d, c, lambda: (c, c), zero_hessian=zero)
-        d = damping(eigenvalue_scale(c))
+        d = damping.value(eigenvalue_scale(c))
         return CurvatureStep(self._dense(c, d, gradient), d, c, lambda: dense_extremes(c), zero_hessian=zero)
 
     def _dense(self, c: Tensor, d: Tensor, gradient: Tensor) -> Tensor:

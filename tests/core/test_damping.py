@@ -121,7 +121,7 @@ class Constant:
 
     averaging = npl.Averaging(decay=0.5)
 
-    def __call__(self, scale: Tensor) -> Tensor:
+    def value(self, scale: Tensor) -> Tensor:
         return torch.ones_like(scale)
 
 

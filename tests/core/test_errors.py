@@ -122,7 +122,7 @@ def test_singular_curvature_is_an_error_where_it_is_asked_for() -> None:
     class Nothing:
         averaging = npl.Averaging()
 
-        def __call__(self, scale: Tensor) -> Tensor:
+        def value(self, scale: Tensor) -> Tensor:
             return torch.zeros_like(scale)
 
     with pytest.raises(npl.SingularCurvatureError, match=r"could not be inverted with damping 0"):
