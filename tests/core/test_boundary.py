@@ -108,6 +108,19 @@ def test_parameters_of_the_loss_are_not_outputs() -> None:
     assert torch.allclose(weight.grad, plain), "the weight of the loss keeps its own gradient"
 
 
+def test_the_walk_is_linear_in_diamonds() -> None:
+    """Residual sums in the loss, in the model and in a penalty: 2^200 paths, each node looked at once."""
+    trunk, head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def diamonds(x: Tensor) -> Tensor:
+        for _ in range(200):
+            x = x + 0.1 * torch.sin(x)
+        return x
+
+    loss = diamonds(head(diamonds(trunk(X)))).square().mean() + diamonds(head.weight).square().sum()
+    assert shapes(loss) == [(6, 3)]
+
+
 def test_an_optimised_leaf_is_its_own_boundary() -> None:
     y = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
     npl.LossHook(curvature="hessian", damping=1e-9)((y - 5).square().sum(-1).mean()).backward()
