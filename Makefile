@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Every example as a user would run it, only shorter; and the examples inside docstrings.
 examples: $(VENV)/.dev
