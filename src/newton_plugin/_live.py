@@ -112,8 +112,8 @@ def _gradients(
     of a mean underflow.
     """
     seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
-    if loss.dtype == torch.float16:
-        seed = min(seed, 1024)
+    if loss.dtype in (torch.float16, torch.bfloat16):
+        seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
     edges = [b.edge for b in boundaries]
     cause = ""
 

@@ -138,6 +138,18 @@ def test_grad_scaler_and_half_precision() -> None:
     assert not bool(torch.isfinite(head.weight.grad).all()), "a GradScaler has to see the overflow"
 
 
+def test_a_bfloat16_loss_of_many_samples() -> None:
+    """The number of samples, 1,001 here, has no exact bfloat16; it must not enter the gradient as one."""
+    x = torch.randn(1001, 3, generator=GENERATOR)
+    head = nn.Linear(3, 2, bias=False)
+    y = head(x)
+    hook = npl.LossHook(damping=1.0)
+    hook(y.square().sum(-1).mean().bfloat16())
+    taken = npl.newton_step(lambda v: v.square().sum(-1).mean(), y, damping=1.0)
+    rms = float(taken.gradient.square().sum(-1).mean().sqrt())
+    assert hook.diagnostics()["gradient_norm"] == pytest.approx(rms, rel=1e-5)
+
+
 def test_a_non_finite_gradient_stays_and_is_counted() -> None:
     net = model()
     hook = npl.LossHook()
