@@ -1,7 +1,7 @@
 """Learn to rank images of handwritten digits from nothing but their order.
 
-A network scores each of n images; NeuralSort turns the scores into a soft permutation matrix P, and the loss
-compares P with the true one. No image is ever labelled with its digit.
+A network scores each of n images; NeuralSort (or another method) turns the scores into a soft permutation matrix
+P, and the loss compares P with the true one. No image is ever labelled with its digit.
 
     python -m newton_plugin_lightning fit --config examples/rank_digits.yaml
 """
@@ -44,15 +44,15 @@ class RankDigits(pl.LightningModule):
     """An MLP 64-64-32-1 that scores images, Adam with cosine decay over ``steps``.
 
     Args:
-        loss: "neural_sort" is this package's stable loss; "textbook" is what one would write down first,
-            ``BCELoss`` on the soft permutation matrix. In exact arithmetic they are the same number.
-        temperature: of NeuralSort; lower is sharper.
+        loss: a method by name has this package's stable loss; "textbook" is what one would write down first,
+            ``BCELoss`` on NeuralSort's matrix. In exact arithmetic "neural_sort" is the same number.
+        temperature: lower is sharper; the steepness of "sorting_network" is 1 / temperature.
         learning_rate, steps: of Adam at the first step, and the length of its cosine decay.
     """
 
     def __init__(
         self,
-        loss: Literal["neural_sort", "textbook"] = "neural_sort",
+        loss: Literal["neural_sort", "soft_sort", "sorting_network", "textbook"] = "neural_sort",
         temperature: float = 0.1,
         learning_rate: float = 1e-2,
         steps: int = 1500,
@@ -60,7 +60,9 @@ class RankDigits(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
-        self.stable_loss = RankingLoss("neural_sort", temperature=temperature)
+        method = "neural_sort" if loss == "textbook" else loss
+        sharpness = {"steepness": 1 / temperature} if loss == "sorting_network" else {"temperature": temperature}
+        self.stable_loss = RankingLoss(method, reduction="mean", **sharpness)
         self.full = RankAccuracy("full")
         self.elements = RankAccuracy("elements")
 
@@ -69,16 +71,14 @@ class RankDigits(pl.LightningModule):
         return self.network(images).squeeze(-1)
 
     def ranking_loss(self, scores: Tensor, ranks: Tensor) -> Tensor:
-        if self.hparams["loss"] == "neural_sort":
+        if self.hparams["loss"] != "textbook":
             return self.stable_loss(scores, ranks)
         soft = neural_sort(scores, self.hparams["temperature"])  # rows are ranks
-        true = nn.functional.one_hot(ranks, ranks.shape[-1]).mT.to(soft.dtype)
-        return nn.BCELoss()(soft, true)
+        return nn.BCELoss()(soft, nn.functional.one_hot(ranks, ranks.shape[-1]).mT.to(soft.dtype))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, ranks = batch
-        loss = self.ranking_loss(self(images), ranks)
-        self.log("loss", loss, batch_size=len(ranks))
+        loss = self.ranking_loss(self(batch[0]), batch[1])
+        self.log("loss", loss, batch_size=len(batch[1]))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ import torch
 from examples import demo, demo_arms, demo_report
 from examples.demo_runs import train
 from examples.digit_lists import PARTS, DigitLists, digit_images
-from examples.rank_digits import DigitRankingData, RankDigits
+from examples.rank_digits import DigitRankingData, RankDigits, pl
+
+from newton_plugin.algorithms import RankingLoss
+from newton_plugin_lightning import NewtonLosses
 
 EXAMPLES = Path(demo.__file__).parent
 
@@ -69,6 +73,38 @@ def test_both_losses_are_the_same_number_in_float64() -> None:
 
 
 KINDS: Any = ("textbook", "neural_sort")
+
+
+@pytest.mark.parametrize("newton", [None, {"curvature": "fisher", "damping": "auto"}], ids=["plain", "newton"])
+@pytest.mark.parametrize("loss", get_args(inspect.signature(RankDigits).parameters["loss"].annotation))
+def test_every_loss_trains(loss: Any, newton: dict[str, Any] | None) -> None:
+    torch.manual_seed(0)
+    model = RankDigits(loss, temperature=0.5)
+    before = [p.clone() for p in model.parameters()]
+    pl.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        limit_val_batches=0,
+        callbacks=[] if newton is None else [NewtonLosses(**newton)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, DigitRankingData(n=4, batch_size=8, steps=2))
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert new.isfinite().all()
+        assert new.numel() == 1 or not torch.equal(old, new)  # no loss depends on the last bias: a shift of the scores
+
+
+def test_one_argument_chooses_the_method_and_temperature_its_sharpness() -> None:
+    scores, ranks = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), torch.arange(5).expand(8, 5)
+    for loss, method in [
+        ("neural_sort", RankingLoss("neural_sort", temperature=0.25)),
+        ("soft_sort", RankingLoss("soft_sort", temperature=0.25)),
+        ("sorting_network", RankingLoss("sorting_network", steepness=4.0)),
+    ]:
+        got = RankDigits(cast("Any", loss), temperature=0.25).ranking_loss(scores, ranks)
+        assert torch.equal(got, method(scores, ranks))
 
 
 def test_a_run_is_reproducible_and_learns() -> None:
