@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from newton_plugin import _errors as errors
 from newton_plugin.algorithms import neural_sort
+from newton_plugin.algorithms._neural_sort import _distance_by_pairs, _distance_by_sums
 
 lists = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=7)
 quick = settings(deadline=None, derandomize=True, max_examples=40)
@@ -62,6 +65,35 @@ def test_permuting_the_list_permutes_the_columns_and_the_gradient(values: list[f
     torch.testing.assert_close(
         torch.func.grad(spread)(scores[order]), torch.func.grad(spread)(scores)[order], rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("values", [7, 1, 1000])
+@pytest.mark.parametrize("n", [1, 2, 5, 33])
+def test_distances_by_sums_are_those_by_pairs_at_ties_too(n: int, values: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randint(0, values, (4, n), generator=generator).double()
+    weight = torch.randn(4, n, generator=generator, dtype=torch.float64)
+    ways: list[Callable[[Tensor], Tensor]] = [_distance_by_pairs, lambda s: _distance_by_sums(*s.sort(-1))]
+    by_pairs, by_sums = (
+        (f(scores), torch.func.grad(lambda s, f=f: (weight * f(s)).sum())(scores), torch.func.vmap(f)(scores))
+        for f in ways
+    )
+    torch.testing.assert_close(by_sums, by_pairs, rtol=1e-13, atol=1e-13)
+
+
+def test_a_large_batch_is_its_lists_one_by_one() -> None:
+    """Long batches take another route to the same logits."""
+    scores = torch.randn(130, 33, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    weight = torch.linspace(-1, 1, 33)
+
+    def spread(s: Tensor) -> Tensor:
+        return (neural_sort(s, 0.1) @ weight).square().sum()
+
+    assert scores.numel() * 33 > 2**17
+    torch.testing.assert_close(neural_sort(scores, 0.1), torch.stack([neural_sort(s, 0.1) for s in scores]))
+    few = scores[:5]
+    together = torch.func.grad(spread)(scores)[:5]
+    torch.testing.assert_close(together, torch.stack([torch.func.grad(spread)(s) for s in few]), rtol=1e-5, atol=1e-5)
 
 
 def test_what_it_refuses() -> None:

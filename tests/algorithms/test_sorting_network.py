@@ -65,6 +65,20 @@ def test_ranks_rows_and_values_without_p(layout: str, n: int) -> None:
     torch.testing.assert_close(network.rows(scores, max(1, n // 2)), p[..., : max(1, n // 2), :])
 
 
+@every_layout
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 66), (5,), (1, 1, 66)])
+def test_any_batch_shape(layout: str, shape: tuple[int, ...]) -> None:
+    scores, n = _scores(*shape), shape[-1]
+    network = SortingNetwork(n, layout)
+    values, p = network(scores)
+    assert values.shape == network.sort(scores).shape == network.ranks(scores).shape == shape
+    assert p.shape == (*shape, n)
+    assert p.is_contiguous()
+    assert network.rows(scores, 2).shape == (*shape[:-1], 2, n)
+    for log in network.log_probabilities(scores):
+        assert log.shape == (*shape, n)
+
+
 @quick
 @given(
     st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=9),

@@ -9,7 +9,8 @@ known beforehand. Comparators that share no wire run side by side and form one l
 
 In both, the partners in a layer are a constant ``step`` apart, so all pairs of a layer are two slices of a
 reshaped view: ``wires -> (blocks, 2, step)``, after ``offset`` wires at the start that rest. Nothing is
-gathered.
+gathered. Wires are the first dimension of a state, so that what belongs to one wire lies together in memory and
+joining the slices again copies long runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUTS", "Layer", "join", "replace", "schedule", "split"]
+__all__ = ["LAYOUTS", "Layer", "join", "schedule", "split"]
 
 LAYOUTS = ("odd_even", "bitonic")
 
@@ -66,21 +67,18 @@ def schedule(n: int, layout: str) -> tuple[int, list[Layer]]:
 
 
 def split(state: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-    """The first and the second wires of all pairs: (..., wires, k) -> two views (..., blocks, step, k)."""
-    pairs = state.narrow(-2, layer.offset, 2 * layer.pairs).unflatten(-2, (-1, 2, layer.step))
-    first, second = pairs.unbind(-3)
+    """The first and the second wires of all pairs: (wires, ...) -> two views (blocks, step, ...)."""
+    if 2 * layer.pairs < state.shape[0]:
+        state = state.narrow(0, layer.offset, 2 * layer.pairs)
+    first, second = state.unflatten(0, (-1, 2, layer.step)).unbind(1)
     return first, second
 
 
 def join(first: Tensor, second: Tensor, state: Tensor, layer: Layer) -> Tensor:
     """``state`` with its pairs replaced: the inverse of ``split``."""
-    return replace(torch.stack((first, second), -3).flatten(-4, -2), state, layer)
-
-
-def replace(pairs: Tensor, state: Tensor, layer: Layer) -> Tensor:
-    """``state`` with the wires of the layer replaced by ``pairs`` (..., 2 * pairs, k)."""
+    pairs = torch.stack((first, second), 1).flatten(0, 2)
     end = layer.offset + 2 * layer.pairs
-    rest = state.shape[-2] - end
+    rest = state.shape[0] - end
     if layer.offset == 0 and rest == 0:
         return pairs
-    return torch.cat((state.narrow(-2, 0, layer.offset), pairs, state.narrow(-2, end, rest)), -2)
+    return torch.cat((state.narrow(0, 0, layer.offset), pairs, state.narrow(0, end, rest)))

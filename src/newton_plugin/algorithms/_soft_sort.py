@@ -80,8 +80,15 @@ class SoftSort:
         s = scores.float() if scores.element_size() < 4 else scores
         if self.p == 2:
             s = 0.5 * s  # so that the difference of two finite numbers is finite; the factor 4 comes back below
-        d = s.sort(dim=-1, stable=True).values[..., :k].unsqueeze(-1) - s.unsqueeze(-2)
-        z = d.abs() * (-1 / self.temperature) if self.p == 1 else d * d * (-4 / self.temperature)
+        in_order = s.sort(dim=-1, stable=True).values
+        if k < s.shape[-1]:
+            in_order = in_order[..., :k]
+        d = in_order.unsqueeze(-1) - s.unsqueeze(-2)
+        if self.p == 1:
+            # |d| as d times its sign, a constant: the derivative is then a single product.
+            z = d * d.detach().sign().mul_(-1 / self.temperature)
+        else:
+            z = d * d * (-4 / self.temperature)
         return torch.softmax(z, dim=-1).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

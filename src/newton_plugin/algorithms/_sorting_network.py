@@ -8,13 +8,15 @@ every factor is: no element is claimed twice, no rank is left out.
 first pass over vectors of length n finds them all. Then
 
 * sorted values are a chain over vectors of length n;
-* ``P`` is the chain applied to the identity, with the values as one more column;
+* ``P`` is the chain applied to the identity;
 * soft ranks ``P^T (0, ..., n-1)`` are the transposed chain, last layer first, applied to *one* vector (each L
   is symmetric), once the values are through: ``P`` is never formed. The first k rows of ``P`` are the same
   with k unit vectors.
 
 A layer is one vectorised operation on slices (``_layers``): with D = second - first, ``first + q D`` and
 ``second - q D``. These never go below 0, rounding included: q <= 1, and D is at least minus the first.
+The lists of a batch are the last dimension of a state, (wires, columns, lists): the share q of a pair differs
+from list to list and is the same in all columns, so that every operation runs along contiguous memory.
 
 **Logarithms.** ``log P`` follows the same chain with logaddexp in place of sums. The complement needs no new
 idea: ``1 - P`` is also a vector on which the chain acts, since v (1 - p_a) + q (1 - p_b) = 1 - (v p_a + q
@@ -23,11 +25,13 @@ p_b). So ``log(1 - P)`` is the chain applied to ``log(1 - I)``, and nothing is e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_positive
-from newton_plugin.algorithms._layers import LAYOUTS, Layer, join, replace, schedule, split
+from newton_plugin.algorithms._layers import LAYOUTS, Layer, join, schedule, split
 from newton_plugin.algorithms._log_domain import log_zero, wide
 from newton_plugin.algorithms._neural_sort import check_scores
 from newton_plugin.algorithms._swaps import SWAPS, log_swap, swap
@@ -90,37 +94,40 @@ class SortingNetwork(torch.nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """``(sorted, P)`` of scores (..., n)."""
         x = self._prepare(scores)
-        identity = torch.eye(self.n, dtype=x.dtype, device=x.device)
-        state = self._rest(identity.expand(*scores.shape[:-1], self.n, self.n))
+        state = self._columns(torch.eye(self.n, dtype=x.dtype, device=x.device), x)
         if self.n < 64:
             # The values ride along as one more column: one chain gives the shares and P (fewer operations).
-            state = torch.cat((state, x.unsqueeze(-1)), -1)
-            for depth, layer in enumerate(self._layers):
-                a, b = split(state.narrow(-1, self.n, 1), layer)
-                state = _apply(self._share(a, b, depth), state, layer)
+            state = torch.cat((state, x), 1)
+            for layer, slope in zip(self._layers, self._slopes(x), strict=True):
+                a, b = split(state, layer)
+                gap = b - a
+                move = self._share(gap[..., self.n :, :], slope) * gap
+                state = join(a + move, b - move, state, layer)
+            state = state.narrow(1, 0, self.n)
         else:
             _, shares = self._swap_shares(x)
             for layer, q in zip(self._layers, shares, strict=True):
                 state = _apply(q, state, layer)
-        p = state[..., self._resting :, : self.n]
-        values = (p * x.narrow(-1, self._resting, self.n).unsqueeze(-2)).sum(-1)  # exact where P is 0 or 1
+        p = self._lists(state, scores)
+        values = (p * scores.to(p.dtype).unsqueeze(-2)).sum(-1)  # exact where P is 0 or 1
         return values.to(scores.dtype), p.to(scores.dtype)
 
     def sort(self, scores: Tensor) -> Tensor:
         """The sorted values alone, ``P @ scores``, without P: (..., n) -> (..., n)."""
-        return self._swap_shares(self._prepare(scores))[0].to(scores.dtype)
+        values, _ = self._swap_shares(self._prepare(scores))
+        return self._lists(values, scores).squeeze(-1).to(scores.dtype)
 
     def ranks(self, scores: Tensor) -> Tensor:
         """Soft ranks ``P^T (0, ..., n-1)``, without P: (..., n) -> (..., n)."""
         x = self._prepare(scores)
         places = torch.arange(self.n, dtype=x.dtype, device=x.device).unsqueeze(-1)
-        return self._transposed(x, places).squeeze(-1).to(scores.dtype)
+        return self._lists(self._transposed(x, places), scores).squeeze(-1).to(scores.dtype)
 
     def rows(self, scores: Tensor, k: int) -> Tensor:
         """The first k rows of P, without the others: (..., n) -> (..., k, n)."""
         x = self._prepare(scores)
         units = torch.eye(self.n, k, dtype=x.dtype, device=x.device)
-        return self._transposed(x, units).transpose(-1, -2).to(scores.dtype)
+        return self._lists(self._transposed(x, units), scores).transpose(-1, -2).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n) -> two of (..., n, n), in float64.
@@ -133,18 +140,16 @@ class SortingNetwork(torch.nn.Module):
                 f"mask needs layout='odd_even'; got layout={self.layout!r}. A bitonic network does not "
                 "contain those of shorter lists: group the lists by length instead."
             )
-        x = wide(self._prepare(scores)).unsqueeze(-1)
+        x = wide(self._prepare(scores))
         state = self._log_identity(x)
-        for depth, layer in enumerate(self._layers):
+        for depth, (layer, slope) in enumerate(zip(self._layers, self._slopes(x), strict=True)):
             a, b = split(x, layer)
-            direction = self._direction(depth)
-            gap = (b - a) if direction is None else (b - a) * direction
-            log_v, log_q = log_swap(self.swap, self.steepness * gap)
-            active = None if not self._resting else direction != 0
+            log_v, log_q = log_swap(self.swap, (a - b) * slope)
+            active = slope != 0 if isinstance(slope, Tensor) and self._resting else None
             if lengths is not None:
-                ends = torch.arange(layer.pairs, device=x.device) * 2 + layer.offset + 1
-                active = (ends < lengths.unsqueeze(-1)) & (depth < lengths.unsqueeze(-1))
-                active = active[..., None, None]
+                length = lengths.flatten()
+                ends = torch.arange(layer.pairs, device=x.device).view(-1, 1, 1, 1) * 2 + layer.offset + 1
+                active = (ends < length) & (depth < length)
             if active is not None:
                 log_v = torch.where(active, log_v, 0.0)
                 log_q = torch.where(active, log_q, log_zero(log_q))
@@ -152,10 +157,11 @@ class SortingNetwork(torch.nn.Module):
             x = join(a + move, b - move, x, layer)
             p, r = split(state, layer)
             state = join(_log_add(log_v + p, log_q + r), _log_add(log_q + p, log_v + r), state, layer)
-        state = state.narrow(-2, self._resting, self.n)
-        return state[..., : self.n], state[..., self.n :]
+        log_p, log_rest = state.chunk(2, 1)
+        return self._lists(log_p, scores), self._lists(log_rest, scores)
 
     def _prepare(self, scores: Tensor) -> Tensor:
+        """(..., n) -> (wires, 1, lists)."""
         check_scores(scores)
         if scores.shape[-1] != self.n:
             raise ShapeError(
@@ -163,50 +169,60 @@ class SortingNetwork(torch.nn.Module):
                 f"{tuple(scores.shape)}. Build one with SortingNetwork({scores.shape[-1]})."
             )
         x = scores.float() if scores.element_size() < 4 else scores
-        return torch.nn.functional.pad(x, (self._resting, 0)) if self._resting else x
+        return self._rest(x.reshape(-1, self.n).t().unsqueeze(1))
+
+    def _columns(self, columns: Tensor, x: Tensor) -> Tensor:
+        """The same columns (n, k) for every list of x: (wires, k, lists)."""
+        return self._rest(columns.unsqueeze(-1)).expand(-1, -1, x.shape[-1])
+
+    def _lists(self, state: Tensor, scores: Tensor) -> Tensor:
+        """(wires, k, lists) -> (..., n, k), where (...,) is the batch shape of the scores."""
+        state = state.narrow(0, self._resting, self.n).permute(2, 0, 1).contiguous()
+        return state.reshape(*scores.shape[:-1], *state.shape[1:])
 
     def _rest(self, state: Tensor) -> Tensor:
-        """Rows of zeros for the wires that rest, before the real ones."""
-        return torch.nn.functional.pad(state, (0, 0, self._resting, 0)) if self._resting else state
+        """Zeros for the wires that rest, before the real ones."""
+        return torch.nn.functional.pad(state, (0, 0, 0, 0, self._resting, 0)) if self._resting else state
 
-    def _direction(self, depth: int) -> Tensor | None:
-        """(blocks, step, 1) of 1, -1, 0 for one layer; None where every pair is 1."""
+    def _slopes(self, x: Tensor) -> Iterable[float | Tensor]:
+        """For each layer what x = slope * (a - b) goes into the swap: minus the steepness, by direction.
+
+        One number where every pair goes the same way; else (blocks, step, 1, 1), with 0 where a pair rests.
+        """
         if self.layout == "odd_even":
-            return None
-        return self._directions[depth].view(-1, self._layers[depth].step, 1)
+            return [-self.steepness] * len(self._layers)
+        slopes = (self._directions.to(x.dtype) * -self.steepness).unbind(0)
+        return [s.view(-1, layer.step, 1, 1) for s, layer in zip(slopes, self._layers, strict=True)]
 
-    def _share(self, a: Tensor, b: Tensor, depth: int) -> Tensor:
-        """The share q that changes wires in one layer, for values a and b (..., blocks, step, 1)."""
-        direction = self._direction(depth)
-        gap = (a - b) if direction is None else (a - b) * direction
-        q = swap(self.swap, self.steepness * gap)
-        return q * (direction != 0) if self._resting and direction is not None else q
+    def _share(self, gap: Tensor, slope: float | Tensor) -> Tensor:
+        """The share q that changes wires in one layer, for gaps b - a (blocks, step, 1, lists)."""
+        q = swap(self.swap, gap * slope)
+        return q * (slope != 0) if self._resting and isinstance(slope, Tensor) else q
 
     def _swap_shares(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Sorted values (..., n), and the share q (..., blocks, step, 1) of each layer; in float64 inside."""
+        """Sorted values (wires, 1, lists), and the share q (blocks, step, 1, lists) of each layer; float64 inside."""
         dtype, shares = x.dtype, []
-        x = wide(x).unsqueeze(-1)
-        for depth, layer in enumerate(self._layers):
+        x = wide(x)
+        for layer, slope in zip(self._layers, self._slopes(x), strict=True):
             a, b = split(x, layer)
-            q = self._share(a, b, depth)
+            q = self._share(b - a, slope)
             shares.append(q.to(dtype))
             x = join(torch.lerp(a, b, q), torch.lerp(b, a, q), x, layer)  # exact at q = 0 and q = 1
-        return x.squeeze(-1).narrow(-1, self._resting, self.n).to(dtype), shares
+        return x.to(dtype), shares
 
     def _transposed(self, x: Tensor, columns: Tensor) -> Tensor:
-        """``P^T columns``: x (..., wires), columns (n, k) -> (..., n, k)."""
+        """``P^T columns``: x (wires, 1, lists), columns (n, k) -> (wires, k, lists)."""
         _, shares = self._swap_shares(x)
-        state = self._rest(columns.expand(*x.shape[:-1], *columns.shape))
+        state = self._columns(columns, x)
         for layer, q in zip(reversed(self._layers), reversed(shares), strict=True):
             state = _apply(q, state, layer)
-        return state.narrow(-2, self._resting, self.n)
+        return state
 
     def _log_identity(self, x: Tensor) -> Tensor:
-        """(..., wires, 2n): log I beside log(1 - I), for x (..., wires, 1)."""
+        """(wires, 2n, lists): log I beside log(1 - I), for x (wires, 1, lists)."""
         one = torch.eye(self.n, dtype=torch.bool, device=x.device)
         logs = torch.zeros(self.n, 2 * self.n, dtype=x.dtype, device=x.device)
-        logs = self._rest(logs.masked_fill(torch.cat((~one, one), -1), log_zero(x)))
-        return logs.expand(*x.shape[:-2], *logs.shape)
+        return self._columns(logs.masked_fill(torch.cat((~one, one), -1), log_zero(x)), x)
 
 
 class AnyLengthNetwork:
@@ -247,21 +263,10 @@ class AnyLengthNetwork:
 
 
 def _apply(q: Tensor, state: Tensor, layer: Layer) -> Tensor:
-    """One layer on state (..., wires, k)."""
-    if layer.step == 1 and state.shape[-1] >= 64:
-        return _apply_blocks(q, state, layer)
+    """One layer on state (wires, k, lists)."""
     first, second = split(state, layer)
     move = q * (second - first)
     return join(first + move, second - move, state, layer)
-
-
-def _apply_blocks(q: Tensor, state: Tensor, layer: Layer) -> Tensor:
-    """The same as products of 2x2 blocks with pairs of rows: from 64 columns on it is faster (measured, CPU)."""
-    # q is (..., blocks, step = 1, 1), and so is each entry of the block.
-    block = torch.cat((torch.cat((1 - q, q), -1), torch.cat((q, 1 - q), -1)), -2)
-    with torch.autocast(state.device.type, enabled=False):  # to autocast these are matrix products
-        pairs = block @ state.narrow(-2, layer.offset, 2 * layer.pairs).unflatten(-2, (-1, 2))
-    return replace(pairs.flatten(-3, -2), state, layer)
 
 
 def _log_add(a: Tensor, b: Tensor) -> Tensor:
