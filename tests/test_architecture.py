@@ -19,6 +19,7 @@ LIGHTNING = ROOT / "integrations" / "newton_plugin_lightning"
 ORDER = [
     "_errors",
     "_rows",
+    "_ranks",
     "_running",
     "_solve",
     "_damping",
@@ -32,6 +33,8 @@ ORDER = [
     "_newton",
     "_loss",
     "_boundary",
+    "_graph_cut",
+    "_recorded",
     "_hook",
 ]
 ROOMS = {"algorithms", "convex", "bilevel"}

@@ -9,7 +9,6 @@ is the entry of ``manual_backward``, once for each loss.
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -57,9 +56,9 @@ class NewtonLosses(CallbackBase):
         feature_dims: Dimensions of the outputs that belong to one sample; all but the first if not given. For
             (N, C, H, W) with a loss per pixel: 1.
         start_step: Leave the first optimizer steps (``trainer.global_step``) plain, as a warm-up.
-        sync: Reserved for distributed training, where C will be averaged over all processes. For now each
-            process uses the C of its own part of the batch, and says so once; false accepts that without the
-            warning.
+        sync: In distributed training, average C over all processes, so that they take the step of one process with
+            the whole batch. False: each uses the C of its own part of the batch (no communication; results depend on
+            how the batch is split, and a checkpoint holds the running curvature of rank 0 alone).
         log: Log gradient norm, step norm, extreme eigenvalues of C, damping and fallbacks through the
             Trainer's logger, as ``newton/...``, every ``log_every_n_steps``.
 
@@ -91,9 +90,9 @@ class NewtonLosses(CallbackBase):
             reduction=reduction,
             boundary=boundary,
             feature_dims=feature_dims,
+            sync=_check_flag("sync", sync),
         )
         self.start_step = _check_start_step(start_step)
-        self.sync = _check_flag("sync", sync)
         # Not `self.log`: Lightning puts the module's own `log` there, on every callback.
         self.log_diagnostics = _check_flag("log", log)
         self._initial_state = copy.deepcopy(self.hook.state_dict())
@@ -104,6 +103,7 @@ class NewtonLosses(CallbackBase):
         self._patch: MethodPatch | None = None
         self._attached = False
         self._hooked = False
+        self._losses = 0
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -111,13 +111,6 @@ class NewtonLosses(CallbackBase):
         if stage != "fit":
             return
         self._unwrap()
-        if self.sync and trainer.world_size > 1 and trainer.is_global_zero:
-            warnings.warn(
-                f"NewtonLosses(sync=True) does not average the curvature over {trainer.world_size} processes "
-                "yet: each uses the C of its own part of the batch, so results depend on how the batch is "
-                "split. Pass sync=False to accept that.",
-                stacklevel=2,
-            )
         if self._module is not None and self._module() is not pl_module:
             # The running mean of C belongs to the model it was measured on.
             self.hook.load_state_dict(copy.deepcopy(self._initial_state))
@@ -159,7 +152,7 @@ class NewtonLosses(CallbackBase):
         self.hook.load_state_dict(state_dict["hook"])
 
     def _training_step(self, trainer: Any, module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._hooked = False
+        self._hooked, self._losses = False, 0
         if not _is_training(trainer):
             return original(*args, **kwargs)
         if not self._attached:
@@ -179,8 +172,10 @@ class NewtonLosses(CallbackBase):
     def _apply(self, trainer: Any, loss: Any) -> None:
         # None skips the step; what is neither that nor a tensor is for Lightning to refuse.
         if isinstance(loss, Tensor) and trainer.global_step >= self.start_step:
-            self.hook(loss)
+            # In manual optimization the k-th loss of a batch (a GAN's two, say) keeps a curvature of its own.
+            self.hook(loss, name=f"loss{self._losses + 1}" if self._losses else "")
             self._hooked = True
+            self._losses += 1
 
     def _unwrap(self) -> None:
         if self._patch is not None:

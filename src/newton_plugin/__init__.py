@@ -19,6 +19,7 @@ from newton_plugin._errors import (
     NoGradientError,
     NonFiniteError,
     OutputsTooLargeError,
+    RanksDisagreeError,
     ShapeError,
     SingularCurvatureError,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "NoGradientError",
     "NonFiniteError",
     "OutputsTooLargeError",
+    "RanksDisagreeError",
     "ShapeError",
     "SingularCurvatureError",
     "SoftNormalization",

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from newton_plugin._damping import AutoDamping, Averaging, Damping
 from newton_plugin._errors import check_choice, check_positive
+from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._running import RunningMean
 from newton_plugin._solve import (
     eigenvalue_scale,
@@ -85,13 +86,15 @@ class Curvature(Protocol):
 
     needs_hessian: bool
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
+    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """The step of every sample.
 
         Args:
             gradient: (N, m), the per-sample gradients ``g_i``, float64 where the device has it.
             hvp: Hessian-vector products; None if ``needs_hessian`` is False.
             damping: the rule for the damping.
+            ranks: the processes that share the batch. ``ranks.mean(total, N)`` adds what they have and divides by
+                all their samples; a curvature that takes no ``ranks`` works in one process or with sync=False.
         """
         ...
 
@@ -148,25 +151,27 @@ class EmpiricalFisher:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(structure={self.structure!r}, power={self.power:g})"
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
+    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
         n, m = gradient.shape
-        if self.structure == "mean" and (m <= DENSE_FEATURES or n >= m):
-            return self._dense(gradient, damping)
+        if self.structure == "mean" and (m <= DENSE_FEATURES or ranks.count(n) >= m):
+            return self._dense(gradient, damping, ranks)
         # tr(C) / m, of the batch or averaged over the samples' own C_i: the same number.
         average = damping.averaging
-        size = self._mean.update(gradient.square().sum() / (n * m), average.decay, average.growth)
+        own_size = ranks.mean(gradient.square().sum() / m, n)
+        size = self._mean.update(own_size, average.decay, average.growth)
         if self.structure == "isotropic":
             d = damping.value(size)
             step = self._with_own(isotropic_step(size, d, gradient, self.power), gradient, damping)
             return CurvatureStep(step, d, size, lambda: (size, size))
         if self.structure == "per_sample":
             return self._per_sample(gradient, damping.value(size))
-        return self._push_through(gradient, size, damping)
+        return self._push_through(gradient, own_size, size, damping, ranks)
 
-    def _dense(self, gradient: Tensor, damping: Damping) -> CurvatureStep:
+    def _dense(self, gradient: Tensor, damping: Damping, ranks: Ranks) -> CurvatureStep:
         average = damping.averaging
-        c = self._mean.update(gradient.mT @ gradient / gradient.shape[0], average.decay, average.growth)
+        c = ranks.mean(gradient.mT @ gradient, gradient.shape[0])
+        c = self._mean.update(c, average.decay, average.growth)
         d = damping.value(eigenvalue_scale(c))
         solve = solve_definite(c, d, gradient) if self.power == 1 else solve_power(c, d, gradient, self.power)
         return CurvatureStep(self._with_own(solve, gradient, damping), d, c, lambda: dense_extremes(c))
@@ -192,14 +197,16 @@ class EmpiricalFisher:
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
         )
 
-    def _push_through(self, gradient: Tensor, size: Tensor, damping: Damping) -> CurvatureStep:
+    def _push_through(
+        self, gradient: Tensor, own_size: Tensor, size: Tensor, damping: Damping, ranks: Ranks
+    ) -> CurvatureStep:
         # An m x m running mean would not fit; the batch's C is rescaled to the running size instead.
-        n, m = gradient.shape
-        own = gradient.square().sum() / (n * m)
-        weight = torch.where(own > 0, size / own, 1.0) / n
-        gram = finite_or_identity(gradient @ gradient.mT) * weight
+        rows, own = ranks.rows(gradient)
+        n, m = rows.shape
+        weight = torch.where(own_size > 0, size / own_size, 1.0) / n
+        gram = finite_or_identity(rows @ rows.mT) * weight
         d = damping.value(torch.linalg.matrix_norm(gram) / m**0.5)  # G'G and GG' share their eigenvalues
-        step = self._with_own(solve_push_through(gradient, gram, d, self.power), gradient, damping)
+        step = self._with_own(solve_push_through(rows, gram, d, self.power)[own], gradient, damping)
         return CurvatureStep(step, d, None, lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(gram).max()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,7 +248,7 @@ class SoftNormalization(EmpiricalFisher):
     def __repr__(self) -> str:
         return f"SoftNormalization(c={self.c:g})"
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
+    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
         own = _BatchRelative(self.c * gradient.shape[1]) if isinstance(damping, AutoDamping) else damping
-        return super().step(gradient, hvp, own)
+        return super().step(gradient, hvp, own, ranks)

@@ -21,6 +21,7 @@ __all__ = [
     "NoGradientError",
     "NonFiniteError",
     "OutputsTooLargeError",
+    "RanksDisagreeError",
     "ShapeError",
     "SingularCurvatureError",
     "check_choice",
@@ -63,6 +64,10 @@ class SingularCurvatureError(NewtonPluginError, RuntimeError):
 
 class NonFiniteError(NewtonPluginError, RuntimeError):
     """A gradient or a curvature is NaN or infinite."""
+
+
+class RanksDisagreeError(NewtonPluginError, RuntimeError):
+    """The processes of a distributed run take different Newton steps; raised on all of them."""
 
 
 class OutputsTooLargeError(NewtonPluginError, RuntimeError):

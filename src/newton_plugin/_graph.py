@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Edge",
     "LossGraph",
     "children",
+    "differentiable_once",
     "edge_shape",
     "explore",
     "is_leaf",
@@ -160,6 +162,16 @@ def make_boundary(name: str, edge: Edge, consumers: Consumers) -> Boundary:
         metadata.dtype,
         torch.device(metadata.device),
         tuple((node, tuple(positions)) for node, positions in grouped.items()),
+    )
+
+
+def differentiable_once(gradient: Tensor) -> bool:
+    """Whether the graph of a gradient holds a node that raises when differentiated, as ``once_differentiable`` leaves.
+
+    Autograd drops such a branch without raising where nothing else leads from it to the outputs: a silent zero.
+    """
+    return gradient.grad_fn is not None and any(
+        node.name() == "torch::autograd::Error" for node in explore(gradient.grad_fn, lambda edge: False).nodes
     )
 
 

@@ -27,6 +27,7 @@ from newton_plugin._curvature import (
 )
 from newton_plugin._damping import Damping
 from newton_plugin._errors import BatchCoupledError, NewtonPluginError, OutputsTooLargeError, check_choice
+from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._running import RunningMean
 from newton_plugin._solve import eigenvalue_scale, finite_or_identity, solve_indefinite, solve_power
 
@@ -68,54 +69,71 @@ class Hessian:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(structure={self.structure!r}, power={self.power:g})"
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
+    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
-        if hvp is None:
-            return self._fall_back(gradient, damping, "no Hessian-vector product was given")
+        c, reason, refusal = self._try(hvp, gradient)
+        worst = ranks.worst(2 if refusal else 1 if c is None else 0)
+        if worst == 2:
+            raise refusal or BatchCoupledError("another rank refuses the Hessian of its part of the batch; see there.")
+        if worst == 1 or c is None:
+            return self._fall_back(gradient, damping, reason or "there is none on another rank", ranks)
+        if self.structure == "per_sample":
+            zero = ranks.all((c == 0).all())
+        else:
+            c = ranks.mean(c, gradient.shape[0])
+            zero = (c == 0).all()
+        if not (ranks.many and not bool(zero)):  # several ranks look first: the substitute is another all-reduce
+            c = torch.where(zero, _fisher_like(c, gradient, ranks), c)
+        return self._solve(c, gradient, damping, zero, ranks)
+
+    def _try(self, hvp: HVP | None, gradient: Tensor) -> tuple[Tensor | None, str, NewtonPluginError | None]:
+        """This rank's sum of Hessians; or why there is none; or the error that refuses it."""
         n, m = gradient.shape
-        refuse_if_too_large(n, m, self.structure)
+        if hvp is None:
+            return None, "no Hessian-vector product was given", None
         try:
+            refuse_if_too_large(n, m, self.structure)
             if not self._independent:
                 self._independent = samples_are_independent(hvp, gradient)
-            c = self._form(hvp, gradient)
+            return self._form(hvp, gradient), "", None
         except HessianUnavailable as error:
-            return self._fall_back(gradient, damping, str(error))
-        zero = (c == 0).all()
-        c = torch.where(zero, _fisher_like(c, gradient), c)
-        return self._solve(c, gradient, damping, zero)
+            return None, str(error), None
+        except (BatchCoupledError, OutputsTooLargeError) as error:
+            return None, "", error
 
-    def _fall_back(self, gradient: Tensor, damping: Damping, reason: str) -> CurvatureStep:
-        result = self._fisher.step(gradient, None, damping)
+    def _fall_back(self, gradient: Tensor, damping: Damping, reason: str, ranks: Ranks) -> CurvatureStep:
+        result = self._fisher.step(gradient, None, damping, ranks)
         result.fallback = reason
         return result
 
     def _form(self, hvp: HVP, gradient: Tensor) -> Tensor:
-        """C by structure: (m, m), (N, m, m) or, isotropic, ``tr C / m`` without dimensions."""
+        """The samples' own H (N, m, m), or by structure their sum (m, m), or ``tr / m`` of that."""
         n, m = gradient.shape
         basis = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
         probes = max(1, _CHUNK_ELEMENTS // max(1, n * m))
         parts = []
         for first in range(0, m, probes):
             chunk = basis[first : first + probes]
-            products = hvp(chunk.unsqueeze(1).expand(-1, n, -1))
+            products = hvp(chunk.unsqueeze(1).expand(-1, n, -1)) if n else gradient.new_zeros(len(chunk), 0, m)
             if self.structure == "per_sample":
                 parts.append(products)
             elif self.structure == "mean":
-                parts.append(products.mean(1))
+                parts.append(products.sum(1))
             else:
-                parts.append((products.mean(1) * chunk).sum(-1))
+                parts.append((products.sum(1) * chunk).sum(-1))
         c = torch.cat(parts)
         if self.structure == "isotropic":
             return c.mean()
         c = c.movedim(0, -2)
         return (c + c.mT) / 2
 
-    def _solve(self, c: Tensor, gradient: Tensor, damping: Damping, zero: Tensor) -> CurvatureStep:
+    def _solve(self, c: Tensor, gradient: Tensor, damping: Damping, zero: Tensor, ranks: Ranks) -> CurvatureStep:
         average = damping.averaging
         if self.structure == "per_sample":
             finite = torch.isfinite(c).all()
             c = finite_or_identity(c)
-            d = damping.value(self._mean.update(eigenvalue_scale(c).mean(), average.decay, average.growth))
+            scale = ranks.mean(eigenvalue_scale(c).sum(), gradient.shape[0])
+            d = damping.value(self._mean.update(scale, average.decay, average.growth))
             solved = torch.where(finite, self._dense(c, d, gradient), torch.nan)
             return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero)
         c = self._mean.update(c, average.decay, average.growth)
@@ -152,15 +170,16 @@ class AutoCurvature(Hessian):
     What was chosen, and why, is reported once as the step's ``fallback``.
     """
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
+    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
         m = gradient.shape[1]
         if m > _AUTO_FEATURES:
-            return self._fall_back(gradient, damping, f"{m} features would take {m} Hessian-vector products a step")
+            reason = f"{m} features would take {m} Hessian-vector products a step"
+            return self._fall_back(gradient, damping, reason, ranks)
         try:
-            return super().step(gradient, hvp, damping)
+            return super().step(gradient, hvp, damping, ranks)
         except (BatchCoupledError, OutputsTooLargeError) as error:
-            return self._fall_back(gradient, damping, str(error))
+            return self._fall_back(gradient, damping, str(error), ranks)
 
 
 def refuse_if_too_large(n: int, m: int, structure: Structure) -> None:
@@ -205,10 +224,11 @@ def samples_are_independent(hvp: HVP, gradient: Tensor) -> bool:
     return True
 
 
-def _fisher_like(c: Tensor, gradient: Tensor) -> Tensor:
+def _fisher_like(c: Tensor, gradient: Tensor, ranks: Ranks) -> Tensor:
     """The batch's Fisher in the shape of c: what takes the place of a Hessian that is zero."""
+    n, m = gradient.shape
     if c.ndim == 0:
-        return gradient.square().mean()
+        return ranks.mean(gradient.square().sum() / m, n)
     if c.ndim == 2:
-        return gradient.mT @ gradient / gradient.shape[0]
+        return ranks.mean(gradient.mT @ gradient, n)
     return gradient.unsqueeze(-1) * gradient.unsqueeze(-2)

@@ -10,18 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary import BoundaryFinder, Cut, GraphCut, LossCall, ModuleOutput
+from newton_plugin._boundary import BoundaryFinder, Cut
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
+    NewtonPluginError,
     NoBoundaryError,
     NoGradientError,
     ShapeError,
 )
 from newton_plugin._graph import Boundary, is_preconditioned
+from newton_plugin._graph_cut import GraphCut
 from newton_plugin._live import precondition
+from newton_plugin._ranks import current_ranks
+from newton_plugin._recorded import LossCall, ModuleOutput
+from newton_plugin._rows import RowLayout
 from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
 
 __all__ = ["LossHook"]
@@ -49,6 +54,9 @@ class LossHook:
         feature_dims: which dimensions of the outputs are features; None: all but the first.
         on_nonfinite: "keep" leaves a gradient that is not finite as it is, and counts it; "raise" raises
             (for debugging: it waits for the device at every step).
+        sync: average the curvature over all processes of ``torch.distributed``, if there are several: R ranks then
+            take the step of one process with the whole batch, and all of them must call the hook at every step.
+            False: each rank uses the C of its own samples, and a running mean of its own.
         module: the model, where ``boundary`` names a part of it; the same as :meth:`attach`.
 
     Raises:
@@ -73,9 +81,10 @@ class LossHook:
         boundary: str | Sequence[str] = "auto",
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
+        sync: bool = True,
         module: nn.Module | None = None,
     ) -> None:
-        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite)
+        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
         self.boundary = boundary
         self._names = _check_boundary(boundary)
         self._finders: list[BoundaryFinder] = [] if self._names else [GraphCut()]
@@ -128,17 +137,20 @@ class LossHook:
                 stack.enter_context(finder.watch())
             yield
 
-    def __call__(self, loss: Tensor) -> Tensor:
+    def __call__(self, loss: Tensor, name: str = "") -> Tensor:
         """Take the Newton step; return the same tensor, whose backward now sends it.
 
         Args:
             loss: one number, with its graph. Under ``torch.no_grad()`` nothing happens.
+            name: tells apart several losses that end at the same layer (a GAN's two at the critic), so that each
+                has a running curvature of its own.
 
         Raises:
             NoGradientError: the loss has no graph.
             NoBoundaryError: at the first call, if no outputs were found under the loss.
             ShapeError: more than one number.
             BatchCoupledError, OutputsTooLargeError: see :class:`newton_plugin.Hessian`.
+            RanksDisagreeError: on every rank, if the ranks do not find the same boundaries.
         """
         if not isinstance(loss, Tensor):
             raise ArgumentTypeError(f"loss must be a torch.Tensor; got {type(loss).__name__}.")
@@ -156,12 +168,24 @@ class LossHook:
             )
         if is_preconditioned(loss.grad_fn):
             return loss
-        cut = self._find(loss)
+        cut = self._find_together(loss)
         if cut.boundaries:
-            self._used = [self._rule(b) for b in cut.boundaries]
+            self._used = self._rules_of(cut.boundaries, name)
             precondition(loss, cut.boundaries, self._used, self._settings)
             self._found_once = True
         return loss
+
+    def _find_together(self, loss: Tensor) -> Cut:
+        """:meth:`_find`; a rank that has nothing to average says so to those that would wait for it."""
+        ranks = current_ranks(self._settings.sync)
+        try:
+            cut = self._find(loss)
+        except NewtonPluginError as error:
+            ranks.agree(f"{type(error).__name__}: {error}")
+            raise
+        if not cut.boundaries:
+            ranks.agree("no boundary")
+        return cut
 
     def _find(self, loss: Tensor) -> Cut:
         if self._names and not self._finders:
@@ -173,11 +197,18 @@ class LossHook:
         cut = Cut(
             _unique([b for c in cuts for b in c.boundaries]),
             [d for c in cuts for d in c.dropped],
+            [t for c in cuts for t in c.turned],
             "; ".join(c.seen for c in cuts),
             any(c.preconditioned for c in cuts),
         )
         for dropped in cut.dropped:
             self._report(f"newton_plugin leaves one boundary out: {dropped}.")
+        if self._settings.feature_dims is not None and cut.turned:
+            self._report(
+                f"newton_plugin counts feature_dims={self._settings.feature_dims} on the outputs as the loss sees "
+                f"them, after a transposition: {'; '.join(cut.turned)}. If you meant the shape before it, name the "
+                "submodule that makes the outputs, boundary='head'; if you meant the shape after it, name the loss."
+            )
         if cut.preconditioned and cut.boundaries:
             self._report(
                 "newton_plugin: a part of this loss is wrapped by newton_loss already; the rest of it keeps its "
@@ -205,9 +236,17 @@ class LossHook:
             self._reported.add(message)
             warnings.warn(message, UserWarning, stacklevel=4)
 
-    def _rule(self, boundary: Boundary) -> StepRule:
-        width = boundary.shape[1:] if self._settings.feature_dims is None else boundary.shape
-        key = f"{boundary.name}:{'x'.join(map(str, width))}"
+    def _rules_of(self, boundaries: Sequence[Boundary], loss: str) -> list[StepRule]:
+        """One rule for each boundary: a layer that is called twice in one loss has two."""
+        keys: list[str] = []
+        for boundary in boundaries:
+            width = RowLayout(boundary.shape, self._settings.features).features
+            key = f"{loss}/{boundary.name}:{width}" if loss else f"{boundary.name}:{width}"
+            times = sum(k.partition("#")[0] == key for k in keys)
+            keys.append(f"{key}#{times + 1}" if times else key)
+        return [self._rule(key) for key in keys]
+
+    def _rule(self, key: str) -> StepRule:
         if key not in self._rules:
             while len(self._rules) >= _MAX_STATES:
                 self._rules.pop(next(iter(self._rules)))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from newton_plugin._curvature import HVP
 from newton_plugin._errors import ShapeError
-from newton_plugin._graph import Boundary, mark_preconditioned
+from newton_plugin._graph import Boundary, differentiable_once, mark_preconditioned
 from newton_plugin._hessian import HessianUnavailable
+from newton_plugin._ranks import current_ranks
 from newton_plugin._rows import RowLayout
 from newton_plugin._rule import RuleSettings, StepRule
 from newton_plugin._surrogate import splice
@@ -62,14 +63,16 @@ def take_steps(
     layouts = [RowLayout(b.shape, settings.features) for b in boundaries]
     scaling = _scaling(loss, layouts, settings)
     twice = settings.needs_hessian and hvp is None
+    ranks = current_ranks(settings.sync)
+    ranks.agree("; ".join(f"{b.name!r} with {a.features} features" for b, a in zip(boundaries, layouts, strict=True)))
     steps = []
     with torch.autocast(loss.device.type, enabled=False):
         gradients, cause = _gradients(loss, boundaries, layouts, scaling, twice)
         for boundary, layout, rule, gradient in zip(boundaries, layouts, rules, gradients, strict=True):
             rows = layout.to_rows(gradient.detach())
             product = _double_backward(gradient, boundary, layout, rule, cause) if twice else hvp
-            # An empty batch has no curvature; its empty gradient is its step.
-            step = rule(rows, product).step if layout.rows else rows
+            # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
+            step = rule(rows, product, ranks).step if layout.rows or ranks.many else rows
             steps.append(BoundaryStep(layout, rows, step))
     return steps, scaling
 
@@ -161,6 +164,10 @@ def _double_backward(gradient: Tensor, boundary: Boundary, layout: RowLayout, ru
                 or "the gradient does not depend on the outputs (a piecewise linear loss, or one that is "
                 "differentiable only once)"
             )
+        if not rule.twice_differentiable:
+            if differentiable_once(gradient):
+                raise HessianUnavailable("an operation of the loss is differentiable only once")
+            rule.twice_differentiable = True
         probes = layout.from_rows(vectors).to(gradient.dtype)
         if rule.batched_probes:
             try:

@@ -33,7 +33,7 @@ class NewtonLoss(nn.Module):
 
     Args:
         loss_fn: a function or module that returns one number, or one for each sample.
-        curvature, damping, structure, power, reduction, feature_dims, on_nonfinite: see :class:`LossHook`.
+        curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync: see :class:`LossHook`.
         outputs: which argument holds the model's outputs: a position, a name, or several of them (each then has a
             curvature of its own). For a method, positions count from the first argument after ``self``.
 
@@ -56,12 +56,13 @@ class NewtonLoss(nn.Module):
         outputs: int | str | Sequence[int | str] = 0,
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
+        sync: bool = True,
     ) -> None:
         super().__init__()
         if not callable(loss_fn):
             raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
         self.loss_fn = loss_fn
-        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite)
+        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
         self._outputs = _check_outputs(outputs)
         self._rules: dict[str, StepRule] = {}
         self._clones: WeakKeyDictionary[Any, NewtonLoss] = WeakKeyDictionary()
@@ -185,6 +186,7 @@ def newton_loss(
     outputs: int | str | Sequence[int | str] = 0,
     feature_dims: int | Sequence[int] | None = None,
     on_nonfinite: OnNonfinite = "keep",
+    sync: bool = True,
 ) -> Any:
     """Wrap a loss function, ``newton_loss(fn)``, or decorate one, ``@newton_loss(damping=0.1)``.
 
@@ -210,6 +212,7 @@ def newton_loss(
         outputs=outputs,
         feature_dims=feature_dims,
         on_nonfinite=on_nonfinite,
+        sync=sync,
     )
     return wrap if loss_fn is None else wrap(loss_fn)
 

@@ -62,7 +62,8 @@ def newton_step(
         outputs: y, (N, ...); need not require grad.
         *args: further arguments of ``loss_fn``.
         curvature, damping, structure, power, reduction, feature_dims: see :class:`LossHook`. Nothing is
-            remembered from call to call: damping "auto" is relative to this batch's C alone.
+            remembered from call to call, nothing is shared between processes: damping "auto" is relative to
+            this batch's C alone.
         on_nonfinite: "raise", or "keep" to return the gradient as the step.
         loss_kwargs: keyword arguments of ``loss_fn``.
 
@@ -80,7 +81,7 @@ def newton_step(
         tensor([[1., 1.]])
     """
     check_floating("outputs", outputs)
-    settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite)
+    settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync=False)
     layout = RowLayout(tuple(outputs.shape), settings.features)  # before the loss is run
     kwargs = dict(loss_kwargs or {})
     y = outputs.detach().requires_grad_()

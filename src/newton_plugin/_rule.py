@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from newton_plugin._errors import (
     check_choice,
 )
 from newton_plugin._hessian import AutoCurvature, Hessian
+from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._rows import check_feature_dims
 from newton_plugin._solve import working_dtype
 
@@ -75,8 +77,14 @@ class RuleSettings:
     reduction: Reduction = "mean"
     feature_dims: int | Sequence[int] | None = None
     on_nonfinite: OnNonfinite = "keep"
+    sync: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sync, bool):
+            raise ArgumentTypeError(
+                f"sync must be True or False; got {self.sync!r} of type {type(self.sync).__name__}. True averages "
+                "the curvature over all processes of a distributed run."
+            )
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("on_nonfinite", self.on_nonfinite, ("keep", "raise"))
         object.__setattr__(self, "feature_dims", check_feature_dims(self.feature_dims))
@@ -123,6 +131,7 @@ class StepRule:
     last: CurvatureStep | None = None
     last_gradient: Tensor | None = None
     batched_probes: bool = True
+    twice_differentiable: bool = False  # not known yet
     _structural_fallbacks: int = 0
     _kept: Tensor | None = None
     _zero: Tensor | None = None
@@ -133,18 +142,27 @@ class StepRule:
         return {**self.__dict__, "last": None, "last_gradient": None}
 
     @torch.no_grad()
-    def __call__(self, gradient: Tensor, hvp: HVP | None) -> CurvatureStep:
+    def __call__(self, gradient: Tensor, hvp: HVP | None, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """Rows (N, m) of any floating dtype in; the step in the working dtype out."""
         gradient = gradient.to(working_dtype(gradient.device))
+        more = {"ranks": ranks} if ranks.many and self._takes_ranks() else {}
         with torch.autocast(gradient.device.type, enabled=False):
-            result = self.curvature.step(gradient, hvp, self.damping)
-        fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()
+            result = self.curvature.step(gradient, hvp, self.damping, **more)
+        fine = ranks.all(torch.isfinite(gradient).all() & torch.isfinite(result.step).all())
         if self.on_nonfinite == "raise" and not bool(fine):
             self._raise(gradient, result)
         result.step = torch.where(fine, result.step, gradient)
         self._count(fine, result)
         self.last, self.last_gradient = result, gradient
         return result
+
+    def _takes_ranks(self) -> bool:
+        if "ranks" in inspect.signature(self.curvature.step).parameters:
+            return True
+        raise ArgumentError(
+            f"curvature={self.curvature!r} cannot be averaged over processes: its step() takes no argument `ranks`. "
+            "Add it (see npl.Curvature), or pass sync=False to give each process the C of its own samples."
+        )
 
     def _raise(self, gradient: Tensor, result: CurvatureStep) -> None:
         bad = int((~torch.isfinite(gradient)).any(-1).sum())
@@ -154,6 +172,8 @@ class StepRule:
                 f"{gradient.shape[0]} samples. Look at the loss at these outputs, or pass on_nonfinite='keep' "
                 "to leave such gradients as they are."
             )
+        if bool(torch.isfinite(result.step).all()):
+            raise NonFiniteError("the gradient or the step of another rank is not finite; see its message.")
         raise SingularCurvatureError(
             f"C + damping * I could not be inverted with damping {float(result.damping):.3g}: C is singular or "
             "not finite, and the damping too small against it. Raise the damping, or use damping='auto'."

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import newton_plugin as npl
-from newton_plugin._boundary import GraphCut
+from newton_plugin._graph_cut import GraphCut
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -235,3 +235,16 @@ def test_a_batch_without_outputs_after_others_is_counted() -> None:
     hook(F.cross_entropy(model(X).logits, T))
     hook(model.head.weight.square().sum() + model.head.bias.square().sum())
     assert hook.diagnostics()["fallbacks"] == 1
+
+
+def test_transposed_features_are_reported_where_feature_dims_counts_them() -> None:
+    """(N, T, V) logits turned for cross_entropy: -1 would mean T. A name settles it."""
+    head, t = nn.Linear(4, 3), torch.randint(0, 3, (2, 5))
+    x = torch.randn(2, 5, 4)
+    with pytest.warns(UserWarning, match=r"from \(2, 5, 3\) to \(2, 3, 5\).*boundary='head'"):
+        npl.LossHook(feature_dims=-1)(F.cross_entropy(head(x).mT, t))
+    npl.LossHook()(F.cross_entropy(head(x).mT, t))  # all features of a sample: no question
+    model = nn.Sequential(head)
+    hook = npl.LossHook(feature_dims=-1, boundary="0", module=model)
+    hook(F.cross_entropy(model(x).mT, t)).backward()
+    assert set(hook.state_dict()["rules"]) == {"0:3"}

@@ -108,6 +108,19 @@ class OnlyOnce(torch.autograd.Function):
         return 2 * x * grad
 
 
+class Passed(torch.autograd.Function):
+    """The identity, whose backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class NoBatchingRule(torch.autograd.Function):
     """Twice differentiable, through numpy-like host code that vmap cannot follow."""
 
@@ -217,3 +230,15 @@ def test_class_weights_and_ignored_samples_by_whole_batch_probes() -> None:
     p = torch.softmax(Y[0], -1)
     carried = 7 * W[0] / W[HARD[HARD >= 0]].sum()
     assert relative_error(taken.curvature[0], carried * (torch.diag(p) - torch.outer(p, p))) <= 1e-12
+
+
+def test_a_part_that_is_differentiable_once_is_not_silently_left_out() -> None:
+    """Autograd gives the Hessian of the rest, 0.2 I, and no error; the true one is 2.2 I."""
+    y = torch.randn(5, 3, dtype=torch.float64)
+
+    def loss(y: Tensor) -> Tensor:
+        return (Passed.apply(y).square() + 0.1 * y.square()).sum(-1).mean()
+
+    with pytest.warns(UserWarning, match="Fisher in place of Hessian.*differentiable only once"):
+        taken = npl.newton_step(loss, y, curvature="hessian", damping=0.1)
+    assert torch.equal(taken.step, npl.newton_step(loss, y, curvature="fisher", damping=0.1).step)

@@ -304,6 +304,6 @@ class _Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._hook, name)
 
-    def __call__(self, loss: Tensor) -> Tensor:
+    def __call__(self, loss: Tensor, name: str = "") -> Tensor:
         self._calls.append(loss)
-        return self._hook(loss)
+        return self._hook(loss, name)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.cases import Functional
 from tests.lightning.fits import Batches, batches_of, case_module, trainer
 
@@ -86,19 +85,3 @@ def test_without_a_logger_nothing_is_read_from_the_device(
         fit = trainer(pl, newton, **options)
     module = case_module(pl, Functional, **attributes)
     fit.fit(module, Batches(batches_of(Functional, 60)))
-
-
-def test_several_processes_are_told_apart_once(pl: Any) -> None:
-    """C is not averaged over processes yet, and that is said."""
-    fit, module = trainer(pl), case_module(pl, Functional)
-
-    class Several:
-        world_size, is_global_zero = 2, True
-
-    with pytest.warns(UserWarning, match=r"over 2 processes yet.*Pass sync=False"):
-        NewtonLosses().setup(Several(), module, "fit")
-    NewtonLosses(sync=False).setup(Several(), module, "fit")
-    Several.is_global_zero = False
-    NewtonLosses().setup(Several(), module, "fit")
-    assert fit.world_size == 1
-    assert torch.is_grad_enabled()
