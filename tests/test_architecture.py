@@ -29,6 +29,7 @@ ORDER = [
     "_rule",
     "_graph",
     "_surrogate",
+    "_derivatives",
     "_live",
     "_newton",
     "_loss",

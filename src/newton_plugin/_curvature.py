@@ -70,6 +70,8 @@ class CurvatureStep:
         fallback: why a simpler curvature took this one's place; empty if none did.
         zero_hessian: True where the batch's Hessian was zero throughout and Fisher took its place; a tensor
             without dimensions, to be read when the host waits anyway. None: not looked for.
+        finite: whether this batch's C is finite; a tensor without dimensions. Where it is not, the gradient stays as
+            it is. None: not looked for.
     """
 
     step: Tensor
@@ -78,6 +80,7 @@ class CurvatureStep:
     extremes: Callable[[], tuple[Tensor, Tensor]]
     fallback: str = ""
     zero_hessian: Tensor | None = None
+    finite: Tensor | None = None
 
 
 @runtime_checkable
@@ -163,7 +166,7 @@ class EmpiricalFisher:
         if self.structure == "isotropic":
             d = damping.value(size)
             step = self._with_own(isotropic_step(size, d, gradient, self.power), gradient, damping)
-            return CurvatureStep(step, d, size, lambda: (size, size))
+            return CurvatureStep(step, d, size, lambda: (size, size), finite=self._mean.finite)
         if self.structure == "per_sample":
             return self._per_sample(gradient, damping.value(size))
         return self._push_through(gradient, own_size, size, damping, ranks)
@@ -174,7 +177,8 @@ class EmpiricalFisher:
         c = self._mean.update(c, average.decay, average.growth)
         d = damping.value(eigenvalue_scale(c))
         solve = solve_definite(c, d, gradient) if self.power == 1 else solve_power(c, d, gradient, self.power)
-        return CurvatureStep(self._with_own(solve, gradient, damping), d, c, lambda: dense_extremes(c))
+        step = self._with_own(solve, gradient, damping)
+        return CurvatureStep(step, d, c, lambda: dense_extremes(c), finite=self._mean.finite)
 
     def _with_own(self, step: Tensor, gradient: Tensor, damping: Damping) -> Tensor:
         """The step with the sample's own ``w g g'`` added to C, by the formula of Sherman and Morrison:
@@ -195,6 +199,7 @@ class EmpiricalFisher:
             d,
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
+            finite=self._mean.finite,
         )
 
     def _push_through(
@@ -207,7 +212,8 @@ class EmpiricalFisher:
         gram = finite_or_identity(rows @ rows.mT) * weight
         d = damping.value(torch.linalg.matrix_norm(gram) / m**0.5)  # G'G and GG' share their eigenvalues
         step = self._with_own(solve_push_through(rows, gram, d, self.power)[own], gradient, damping)
-        return CurvatureStep(step, d, None, lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(gram).max()))
+        extremes = lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(gram).max())  # noqa: E731
+        return CurvatureStep(step, d, None, extremes, finite=self._mean.finite)
 
     def state_dict(self) -> dict[str, Any]:
         """The running mean of C."""

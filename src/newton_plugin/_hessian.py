@@ -134,15 +134,16 @@ class Hessian:
             c = finite_or_identity(c)
             scale = ranks.mean(eigenvalue_scale(c).sum(), gradient.shape[0])
             d = damping.value(self._mean.update(scale, average.decay, average.growth))
-            solved = torch.where(finite, self._dense(c, d, gradient), torch.nan)
-            return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero)
+            solved = self._dense(c, d, gradient)
+            return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero, finite=finite)
         c = self._mean.update(c, average.decay, average.growth)
         if self.structure == "isotropic":
             d = damping.value(c.abs())
             solved = isotropic_step(c, d, gradient, self.power)
-            return CurvatureStep(solved, d, c, lambda: (c, c), zero_hessian=zero)
+            return CurvatureStep(solved, d, c, lambda: (c, c), zero_hessian=zero, finite=self._mean.finite)
         d = damping.value(eigenvalue_scale(c))
-        return CurvatureStep(self._dense(c, d, gradient), d, c, lambda: dense_extremes(c), zero_hessian=zero)
+        solved = self._dense(c, d, gradient)
+        return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero, finite=self._mean.finite)
 
     def _dense(self, c: Tensor, d: Tensor, gradient: Tensor) -> Tensor:
         if self.power == 1:

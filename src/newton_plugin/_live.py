@@ -1,4 +1,4 @@
-"""First and second derivatives of a loss that has already been computed, and its Newton step.
+"""The Newton step of a loss that has already been computed.
 
 Both doors of the package meet here: a wrapped loss function and a hooked loss tensor are, once the loss has been
 evaluated, the same live graph. Differentiating *that* graph, and not a second evaluation of a function, keeps
@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from newton_plugin._curvature import HVP
+from newton_plugin._derivatives import Scaling, hessian_products, loss_gradients
 from newton_plugin._errors import ShapeError
-from newton_plugin._graph import Boundary, differentiable_once, mark_preconditioned
-from newton_plugin._hessian import HessianUnavailable
+from newton_plugin._graph import Boundary, mark_preconditioned
 from newton_plugin._ranks import current_ranks
 from newton_plugin._rows import RowLayout
 from newton_plugin._rule import RuleSettings, StepRule
 from newton_plugin._surrogate import splice
 
 __all__ = ["BoundaryStep", "precondition", "take_steps"]
-
-Scaling = Literal["mean", "sum", "per_row"]
 
 
 @dataclass
@@ -67,10 +64,10 @@ def take_steps(
     ranks.agree("; ".join(f"{b.name!r} with {a.features} features" for b, a in zip(boundaries, layouts, strict=True)))
     steps = []
     with torch.autocast(loss.device.type, enabled=False):
-        gradients, cause = _gradients(loss, boundaries, layouts, scaling, twice)
+        gradients, cause = loss_gradients(loss, boundaries, layouts, scaling, twice)
         for boundary, layout, rule, gradient in zip(boundaries, layouts, rules, gradients, strict=True):
             rows = layout.to_rows(gradient.detach())
-            product = _double_backward(gradient, boundary, layout, rule, cause) if twice else hvp
+            product = hessian_products(gradient, boundary, layout, rule, cause) if twice else hvp
             # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
             step = rule(rows, product, ranks).step if layout.rows or ranks.many else rows
             steps.append(BoundaryStep(layout, rows, step))
@@ -102,91 +99,6 @@ def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings)
     )
 
 
-def _gradients(
-    loss: Tensor,
-    boundaries: Sequence[Boundary],
-    layouts: Sequence[RowLayout],
-    scaling: Scaling,
-    twice: bool,
-) -> tuple[list[Tensor], str]:
-    """Per-sample gradients in the shape of the outputs, and why they cannot be differentiated again.
-
-    The seed N (for a mean) is given to backward and not multiplied afterwards: in half precision the gradients
-    of a mean underflow.
-    """
-    seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
-    if loss.dtype in (torch.float16, torch.bfloat16):
-        seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
-    edges = [b.edge for b in boundaries]
-    cause = ""
-
-    def grad(create_graph: bool) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
-            return torch.autograd.grad(
-                loss,
-                edges,
-                torch.full_like(loss, seed),
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-
-    try:
-        raw = grad(twice)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if not twice:
-            raise
-        raw, cause = grad(False), _first_line(error)
-    gradients = []
-    for value, boundary, layout in zip(raw, boundaries, layouts, strict=True):
-        if value is None:
-            gradients.append(torch.zeros(boundary.shape, dtype=boundary.dtype, device=boundary.device))
-        elif scaling == "mean" and layout.rows != seed:
-            gradients.append(value * (layout.rows / seed))
-        else:
-            gradients.append(value)
-    return gradients, cause
-
-
-def _double_backward(gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str) -> HVP:
-    def run(probes: Tensor, batched: bool) -> Tensor:
-        (product,) = torch.autograd.grad(
-            gradient, boundary.edge, probes, is_grads_batched=batched, retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(probes) if product is None else product
-
-    def hvp(vectors: Tensor) -> Tensor:
-        if not gradient.requires_grad:
-            raise HessianUnavailable(
-                cause
-                or "the gradient does not depend on the outputs (a piecewise linear loss, or one that is "
-                "differentiable only once)"
-            )
-        if not rule.twice_differentiable:
-            if differentiable_once(gradient):
-                raise HessianUnavailable("an operation of the loss is differentiable only once")
-            rule.twice_differentiable = True
-        probes = layout.from_rows(vectors).to(gradient.dtype)
-        if rule.batched_probes:
-            try:
-                return layout.to_rows(run(probes, True)).to(vectors)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                rule.batched_probes = False  # an operation without a batching rule: one probe at a time
-        try:
-            products = torch.stack([run(probe, False) for probe in probes])
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise HessianUnavailable(_first_line(error)) from error
-        return layout.to_rows(products).to(vectors)
-
-    return hvp
-
-
 def _replacement(step: Tensor, layout: RowLayout, scaling: Scaling) -> Callable[[Tensor], Tensor]:
     """From the gradient that arrives at the loss to the gradient of the outputs."""
 
@@ -198,7 +110,3 @@ def _replacement(step: Tensor, layout: RowLayout, scaling: Scaling) -> Callable[
         return layout.from_rows(step * weight)
 
     return replacement
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -86,6 +86,8 @@ def newton_step(
     kwargs = dict(loss_kwargs or {})
     y = outputs.detach().requires_grad_()
     with torch.enable_grad():
+        y = y.clone()  # a loss may work in place
+        edge = get_gradient_edge(y)
         loss = loss_fn(y, *args, **kwargs)
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise NoGradientError(
@@ -95,7 +97,7 @@ def newton_step(
     hvp = None
     if settings.needs_hessian:
         hvp = closed_form_hvp(loss_fn, y, (y, *args), kwargs, layout, reduction)
-    boundary = Boundary("outputs", get_gradient_edge(y), tuple(y.shape), y.dtype, y.device, ())
+    boundary = Boundary("outputs", edge, tuple(outputs.shape), outputs.dtype, outputs.device, ())
     rule = settings.build()
     (taken,), _ = take_steps(loss, [boundary], [rule], settings, hvp)
     step = layout.from_rows(taken.step.to(outputs.dtype))

@@ -148,7 +148,8 @@ class StepRule:
         more = {"ranks": ranks} if ranks.many and self._takes_ranks() else {}
         with torch.autocast(gradient.device.type, enabled=False):
             result = self.curvature.step(gradient, hvp, self.damping, **more)
-        fine = ranks.all(torch.isfinite(gradient).all() & torch.isfinite(result.step).all())
+        fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()
+        fine = ranks.all(fine if result.finite is None else fine & result.finite)
         if self.on_nonfinite == "raise" and not bool(fine):
             self._raise(gradient, result)
         result.step = torch.where(fine, result.step, gradient)
@@ -171,6 +172,12 @@ class StepRule:
                 f"the gradient of the loss with respect to the outputs is not finite in {bad} of "
                 f"{gradient.shape[0]} samples. Look at the loss at these outputs, or pass on_nonfinite='keep' "
                 "to leave such gradients as they are."
+            )
+        if result.finite is not None and not bool(result.finite):
+            raise NonFiniteError(
+                "the curvature C of this batch is not finite though the gradients of this process's samples are. Look "
+                "at the second derivatives of the loss at these outputs (or at another rank's message), or use "
+                "curvature='fisher'."
             )
         if bool(torch.isfinite(result.step).all()):
             raise NonFiniteError("the gradient or the step of another rank is not finite; see its message.")

@@ -21,12 +21,13 @@ class RunningMean:
     """
 
     def __init__(self) -> None:
+        self.finite: Tensor | None = None  # whether the last value was
         self._total: Tensor | None = None
         self._weight: Tensor | None = None
 
     def update(self, value: Tensor, decay: float, growth: float = math.inf) -> Tensor:
         """Take ``value`` in and return the mean; zeros if nothing finite has come yet."""
-        finite = torch.isfinite(value).all()
+        self.finite = finite = torch.isfinite(value).all()
         value = torch.where(finite, value, 0.0)
         if decay == 0:
             return value

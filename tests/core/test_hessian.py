@@ -242,3 +242,35 @@ def test_a_part_that_is_differentiable_once_is_not_silently_left_out() -> None:
     with pytest.warns(UserWarning, match="Fisher in place of Hessian.*differentiable only once"):
         taken = npl.newton_step(loss, y, curvature="hessian", damping=0.1)
     assert torch.equal(taken.step, npl.newton_step(loss, y, curvature="fisher", damping=0.1).step)
+
+
+@pytest.mark.parametrize("structure", ["mean", "per_sample", "isotropic"])
+@pytest.mark.parametrize("damping", ["auto", 0.1])
+def test_a_hessian_that_is_not_finite_leaves_the_gradient_as_it_is(structure: Any, damping: Any) -> None:
+    """|y|^1.5 at 0: the gradient is 0, the second derivative infinite. And the running mean goes on without it."""
+    hook = npl.LossHook(curvature="hessian", structure=structure, damping=damping)
+
+    def sent(values: list[float]) -> Tensor:
+        y = torch.tensor([values], dtype=torch.float64, requires_grad=True)
+        hook((y * 1).abs().pow(1.5).sum(-1).mean()).backward()
+        assert y.grad is not None
+        return y.grad
+
+    assert relative_error(sent([0.0, 1.0]), torch.tensor([[0.0, 1.5]])) == 0
+    assert hook.diagnostics()["fallbacks"] == 1
+    assert sent([4.0, 1.0]).isfinite().all()
+    assert relative_error(sent([0.0, 1.0]), torch.tensor([[0.0, 1.5]])) == 0
+    assert hook.diagnostics()["fallbacks"] == 2
+    y = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    with pytest.raises(npl.NonFiniteError, match=r"curvature C of this batch is not finite|not finite"):
+        npl.newton_step(lambda v: v.abs().pow(1.5).sum(-1).mean(), y, curvature="hessian", structure=structure)
+
+
+def test_a_loss_may_work_in_place_on_its_outputs() -> None:
+    y, t = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    before = y.clone()
+    for curvature in ("fisher", "hessian"):
+        ours = npl.newton_step(lambda v: v.mul_(2).sub_(t).square().sum(-1).mean(), y, curvature=curvature, damping=0.1)
+        theirs = npl.newton_step(lambda v: (2 * v - t).square().sum(-1).mean(), y, curvature=curvature, damping=0.1)
+        assert torch.equal(ours.step, theirs.step)
+    assert torch.equal(y, before)

@@ -276,3 +276,39 @@ def test_diagnostics_are_those_of_the_step() -> None:
     }
     assert hook.diagnostics() == pytest.approx(expected, abs=1e-12)
     assert repr(hook) == "LossHook(curvature='hessian', damping=0.1)"
+
+
+class TestHooksOfTheUser:
+    """On the outputs themselves: they belong below the loss, and see the step."""
+
+    @staticmethod
+    def sent(curvature: str, change: Any, **options: Any) -> Tensor:
+        torch.manual_seed(0)
+        x = torch.randn(6, 4, dtype=torch.float64)
+        layer = nn.Linear(4, 3).double()
+        y = layer(x)
+        y.register_hook(change)
+        npl.LossHook(curvature=curvature, damping=0.1, **options)(
+            (y.sin() * y.cos().sum(-1, keepdim=True)).mean()
+        ).backward()
+        assert layer.bias.grad is not None
+        return layer.bias.grad
+
+    def test_one_that_changes_the_gradient_changes_the_step_once(self) -> None:
+        plain = self.sent("fisher", lambda g: None)
+        assert relative_error(self.sent("fisher", lambda g: 3 * g), 3 * plain) <= 1e-14
+
+    def test_with_a_hessian_it_falls_back_and_says_so(self) -> None:
+        """Such a hook also sees, and changes, the products that make the Hessian."""
+        fisher = self.sent("fisher", lambda g: None)
+        with pytest.warns(
+            UserWarning, match="Fisher in place of Hessian.*a hook on the outputs changes their gradient"
+        ):
+            changed = self.sent("hessian", lambda g: 3 * g)
+        assert relative_error(changed, 3 * fisher) <= 1e-14
+
+    def test_one_that_only_looks_changes_nothing(self) -> None:
+        without, seen = self.sent("hessian", lambda g: None), []
+        looked = self.sent("hessian", lambda g: seen.append(g.shape))
+        assert torch.equal(looked, without)
+        assert seen[-1] == (6, 3)

@@ -1,0 +1,146 @@
+"""First and second derivatives of a loss that has already been computed, from its live graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature import HVP
+from newton_plugin._graph import Boundary, differentiable_once
+from newton_plugin._hessian import HessianUnavailable
+from newton_plugin._rows import RowLayout
+from newton_plugin._rule import StepRule
+
+__all__ = ["Scaling", "hessian_products", "loss_gradients"]
+
+Scaling = Literal["mean", "sum", "per_row"]
+"""How the gradient that arrives at the loss is spread over its samples."""
+
+
+def loss_gradients(
+    loss: Tensor,
+    boundaries: Sequence[Boundary],
+    layouts: Sequence[RowLayout],
+    scaling: Scaling,
+    twice: bool,
+) -> tuple[list[Tensor], str]:
+    """Per-sample gradients in the shape of the outputs, and why they cannot be differentiated again.
+
+    The seed N (for a mean) is given to backward and not multiplied afterwards: in half precision the gradients
+    of a mean underflow.
+    """
+    seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
+    if loss.dtype in (torch.float16, torch.bfloat16):
+        seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
+    cause = ""
+    try:
+        raw, changed = _differentiate(loss, seed, boundaries, twice)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not twice:
+            raise
+        (raw, changed), cause = _differentiate(loss, seed, boundaries, False), _first_line(error)
+    if twice and changed():
+        cause = "a hook on the outputs changes their gradient, and would change the Hessian's columns as well"
+    gradients = []
+    for value, boundary, layout in zip(raw, boundaries, layouts, strict=True):
+        if value is None:
+            gradients.append(torch.zeros(boundary.shape, dtype=boundary.dtype, device=boundary.device))
+        elif scaling == "mean" and layout.rows != seed:
+            gradients.append(value * (layout.rows / seed))
+        else:
+            gradients.append(value)
+    return gradients, cause
+
+
+def _differentiate(
+    loss: Tensor, seed: float, boundaries: Sequence[Boundary], create_graph: bool
+) -> tuple[list[Tensor | None], Callable[[], bool]]:
+    """``seed * d loss / d boundary``, as the loss's own operations send it.
+
+    What autograd returns for the boundary has passed the hooks that the user may have put on that tensor (they fire in
+    any backward pass). Those belong below the loss, and get the step; so the gradient is taken before they see it.
+
+    Returns:
+        the gradients, and a function that tells whether such hooks have changed what autograd returned.
+    """
+    sent: list[Tensor | None] = [None] * len(boundaries)
+
+    def listen(which: int, positions: Sequence[int]) -> Callable[[Any, Any], None]:
+        def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> None:
+            for position in positions:
+                grad, before = grad_inputs[position], sent[which]
+                if grad is not None:
+                    sent[which] = grad if before is None else before + grad
+
+        return hook
+
+    handles = [
+        node.register_hook(listen(which, positions))
+        for which, boundary in enumerate(boundaries)
+        for node, positions in boundary.consumers
+    ]
+    try:
+        with torch.enable_grad():
+            returned = torch.autograd.grad(
+                loss,
+                [b.edge for b in boundaries],
+                torch.full_like(loss, seed),
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def changed() -> bool:
+        pairs = [(r, s) for r, s in zip(returned, sent, strict=True) if r is not None and s is not None]
+        return any(not torch.allclose(r, s, rtol=1e-3, equal_nan=True) for r, s in pairs)
+
+    return [r if s is None else s for r, s in zip(returned, sent, strict=True)], changed
+
+
+def hessian_products(gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str) -> HVP:
+    def run(probes: Tensor, batched: bool) -> Tensor:
+        (product,) = torch.autograd.grad(
+            gradient, boundary.edge, probes, is_grads_batched=batched, retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(probes) if product is None else product
+
+    def hvp(vectors: Tensor) -> Tensor:
+        if cause or not gradient.requires_grad:
+            raise HessianUnavailable(
+                cause
+                or "the gradient does not depend on the outputs (a piecewise linear loss, or one that is "
+                "differentiable only once)"
+            )
+        if not rule.twice_differentiable:
+            if differentiable_once(gradient):
+                raise HessianUnavailable("an operation of the loss is differentiable only once")
+            rule.twice_differentiable = True
+        probes = layout.from_rows(vectors).to(gradient.dtype)
+        if rule.batched_probes:
+            try:
+                return layout.to_rows(run(probes, True)).to(vectors)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                rule.batched_probes = False  # an operation without a batching rule: one probe at a time
+        try:
+            products = torch.stack([run(probe, False) for probe in probes])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise HessianUnavailable(_first_line(error)) from error
+        return layout.to_rows(products).to(vectors)
+
+    return hvp
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
