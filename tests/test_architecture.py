@@ -18,6 +18,7 @@ LIGHTNING = ROOT / "integrations" / "newton_plugin_lightning"
 # Each module may import those before it, never one after it.
 ORDER = [
     "_errors",
+    "_eager",
     "_rows",
     "_ranks",
     "_running",

@@ -9,6 +9,7 @@ is the entry of ``manual_backward``, once for each loss.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -104,6 +105,7 @@ class NewtonLosses(CallbackBase):
         self._attached = False
         self._hooked = False
         self._losses = 0
+        self._compiled = False
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -161,13 +163,30 @@ class NewtonLosses(CallbackBase):
             self._attached = True
         log_now = self.log_diagnostics and _logs_this_step(trainer)
         with self.hook.watch():
-            output = original(*args, **kwargs)
+            output = self._uncompiled(original)(*args, **kwargs)
         if module.automatic_optimization:
             self._apply(trainer, output.get("loss") if isinstance(output, Mapping) else output)
         if log_now and self._hooked:
             values = {f"newton/{name}": value for name, value in self.hook.diagnostics().items()}
             module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
         return output
+
+    def _uncompiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step as it was before ``torch.compile(module)``: compiled, it is one operation from batch to loss, and
+        shows no outputs in between. ``forward`` stays compiled.
+        """
+        eager = getattr(step, "_torchdynamo_orig_callable", None)
+        if eager is None:
+            return step
+        if not self._compiled:
+            self._compiled = True
+            warnings.warn(
+                "NewtonLosses calls training_step outside torch.compile, because a compiled one does not show the "
+                "outputs that enter the loss. forward() stays compiled: let training_step call self(batch), or compile "
+                "the network in it, self.net = torch.compile(net), to keep the speed.",
+                stacklevel=2,
+            )
+        return eager
 
     def _apply(self, trainer: Any, loss: Any) -> None:
         # None skips the step; what is neither that nor a tensor is for Lightning to refuse.

@@ -23,6 +23,7 @@ _SAME_NUMBERS = frozenset(("Alias", "Clone", "Expand", "Permute", "ReshapeAlias"
     *("T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View")
 }
 _PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
+_WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _TRANSPOSITIONS = frozenset(("Permute", "T", "Transpose"))
 # DDP's, around what the model returns: its backward says that the backward pass has begun, so it belongs to the model.
 _HANDED_THROUGH = frozenset(("_DDPSink",))
@@ -31,7 +32,7 @@ _JOINS = frozenset(["Cat", "Stack"])
 # Operations that mix parameters with data, or pick from parameters by data, however the shapes look.
 _LAYERS = (
     *("mm", "mv", "conv", "batchnorm", "layernorm", "groupnorm", "rmsnorm", "rnn", "lstm", "gru", "attention"),
-    *("embedding", "index", "gather"),
+    *("embedding", "index", "gather", "compiledfunction"),
 )
 
 
@@ -48,7 +49,7 @@ class GraphCut:
 
     def attach(self, module: nn.Module) -> None:
         """Take the names of ``module``'s parameters, for messages and states."""
-        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._names = {id(p): _unwrapped(name) for name, p in module.named_parameters()}
 
     def detach(self) -> None:
         """Forget them."""
@@ -86,11 +87,14 @@ class GraphCut:
         already = _edges_below(graph.preconditioned, stop, skip)
         cut = boundaries_at(edges, graph, already)
         cut.turned = turned
+        if any(operation(n) == "CompiledFunction" and _owns_parameters(n, kinds) for n in graph.nodes):
+            cut.dropped.append("what torch.compile has made one operation of, network and loss together")
         return cut
 
     def _name(self, edge: Edge, kinds: dict[Node, bool], number: int) -> str:
-        """The layer that owns the boundary: "head.weight" -> "head"."""
-        for child, _ in children(edge[0]):
+        """The layer that owns the boundary: "head.weight" -> "head"; of a compiled network the last one."""
+        inputs = list(children(edge[0]))
+        for child, _ in reversed(inputs) if operation(edge[0]) == "CompiledFunction" else inputs:
             if _parameter_only(child, kinds):
                 leaf = child
                 while not is_leaf(leaf):
@@ -99,6 +103,11 @@ class GraphCut:
                 if parameter is not None:
                     return parameter.rpartition(".")[0] or parameter
         return f"output{number}"
+
+
+def _unwrapped(name: str) -> str:
+    """The name without what torch.compile, FSDP and checkpointing put in: a state fits the model with and without."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _variable(leaf: Node) -> Tensor:
@@ -156,8 +165,10 @@ def _made_of_parameters(node: Node) -> bool:
         return True
     if operation(node) in _PRODUCTS:
         return False  # the other factor is data
-    shape = edge_shape((node, 0))
-    return shape == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
+    try:
+        return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
+    except RuntimeError:  # they do not broadcast
+        return False
 
 
 def _owns_parameters(node: Node, known: dict[Node, bool]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from newton_plugin._boundary import BoundaryFinder, Cut
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
+from newton_plugin._eager import eager
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -34,6 +35,13 @@ __all__ = ["LossHook"]
 # States of boundaries are kept by name and width; a model whose outputs change their width all the time
 # (sequences) does not collect them for ever.
 _MAX_STATES = 64
+
+_NOT_FOUND = "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
+_COMPILED = (
+    "torch.compile has made one operation of network and loss, and the outputs between them are not to be seen. "
+    "Compile the network and not the loss, model = torch.compile(model), or wrap the loss function by npl.newton_loss "
+    "before the whole is compiled."
+)
 
 
 class LossHook:
@@ -137,6 +145,7 @@ class LossHook:
                 stack.enter_context(finder.watch())
             yield
 
+    @eager
     def __call__(self, loss: Tensor, name: str = "") -> Tensor:
         """Take the Newton step; return the same tensor, whose backward now sends it.
 
@@ -226,9 +235,7 @@ class LossHook:
         dropped = f" Left out: {'; '.join(cut.dropped)}." if cut.dropped else ""
         raise NoBoundaryError(
             f"boundary={self.boundary!r} found no outputs under the loss (value of shape {tuple(loss.shape)}). "
-            f"Seen from the loss: {cut.seen}.{dropped} "
-            "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by "
-            "npl.newton_loss."
+            f"Seen from the loss: {cut.seen}.{dropped} " + (_COMPILED if "CompiledFunction" in cut.seen else _NOT_FOUND)
         )
 
     def _report(self, message: str) -> None:

@@ -16,6 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from newton_plugin._closed_form import closed_form_hvp
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
+from newton_plugin._eager import eager
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._graph import explore, is_preconditioned, make_boundary
 from newton_plugin._live import precondition
@@ -75,6 +76,7 @@ class NewtonLoss(nn.Module):
         outputs = "" if self._outputs == (0,) else f"outputs={self._outputs}"
         return ", ".join(filter(None, [name, self._settings.describe(), outputs]))
 
+    @eager
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The value of ``loss_fn(*args, **kwargs)``."""
         if not self.training or not torch.is_grad_enabled():
