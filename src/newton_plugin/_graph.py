@@ -25,6 +25,7 @@ __all__ = [
     "edge_shape",
     "explore",
     "is_leaf",
+    "is_output_of_fsdp1",
     "is_preconditioned",
     "make_boundary",
     "mark_preconditioned",
@@ -163,6 +164,21 @@ def make_boundary(name: str, edge: Edge, consumers: Consumers) -> Boundary:
         torch.device(metadata.device),
         tuple((node, tuple(positions)) for node, positions in grouped.items()),
     )
+
+
+def is_output_of_fsdp1(edge: Edge) -> bool:
+    """Whether the tensor left a layer of torch's first FSDP and nothing has been done to it since.
+
+    That wrapper puts a hook on what it returns, which gathers the parameters for the backward pass and lets them go at
+    its end; a pass that ends at this very tensor lets them go before the pass that needs them.
+    """
+    layer = edge[0]
+    nearby = [layer]
+    for _ in range(4):  # the layer, a view, the split, the flat parameter
+        nearby = [child for node in nearby if not is_leaf(node) for child, _ in children(node)]
+        if any(is_leaf(node) and getattr(node.variable, "_is_flat_param", False) for node in nearby):  # type: ignore[attr-defined]
+            return operation(layer) != "Clone"
+    return False
 
 
 def differentiable_once(gradient: Tensor) -> bool:

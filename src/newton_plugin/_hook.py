@@ -22,7 +22,7 @@ from newton_plugin._errors import (
     NoGradientError,
     ShapeError,
 )
-from newton_plugin._graph import Boundary, is_preconditioned
+from newton_plugin._graph import Boundary, is_output_of_fsdp1, is_preconditioned
 from newton_plugin._graph_cut import GraphCut
 from newton_plugin._live import precondition
 from newton_plugin._ranks import current_ranks
@@ -226,6 +226,12 @@ class LossHook:
             cut.boundaries = []
         if not cut.boundaries and not cut.preconditioned:
             self._none_found(cut, loss)
+        if not self._found_once and any(is_output_of_fsdp1((b.edge.node, b.edge.output_nr)) for b in cut.boundaries):
+            raise NoBoundaryError(
+                "the outputs come straight from FullyShardedDataParallel, whose hook on them takes the curvature's "
+                "backward pass for the network's. Give the loss a copy, loss_fn(model(x).clone(), ...), or use "
+                "torch.distributed.fsdp.fully_shard (FSDP2), which needs nothing."
+            )
         return cut
 
     def _none_found(self, cut: Cut, loss: Tensor) -> None:

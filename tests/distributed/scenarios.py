@@ -362,6 +362,50 @@ def a_curvature_of_the_users_own(rank: int) -> None:
     assert relative_error(gradients(model), gradients(twin)) <= 1e-10
 
 
+def sharded(version: int) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A network under FSDP, and how to gather its parameters."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    model = network()
+    if version == 2:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for part_of_it in (model[0], model[2], model):  # type: ignore[index]
+            fully_shard(part_of_it, mesh=mesh)  # type: ignore[arg-type]
+        return model, lambda m: torch.cat([p.full_tensor().flatten() for p in m.parameters()]).detach()  # type: ignore[attr-defined]
+    with expected_warnings("FSDP will not all-gather", "FSDP"):
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+    def gather(m: nn.Module) -> Tensor:
+        with FullyShardedDataParallel.summon_full_params(m):
+            return nn.utils.parameters_to_vector(m.parameters()).detach().clone()
+
+    return wrapped, gather
+
+
+@scenario
+def fully_sharded_networks(rank: int) -> None:
+    """FSDP2 needs nothing; the first FSDP needs a copy of its outputs, and the hook says so."""
+    for version in (2, 1):
+        for curvature in ("fisher", "hessian"):
+            rule = {"curvature": curvature, "damping": DAMPING}
+            model, gather = sharded(version)
+            hook = npl.LossHook(**rule)  # type: ignore[arg-type]
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            with expected_warnings("FSDP", "_get_pg_default_device", "deprecated"):
+                for k, whole in enumerate(BATCHES):
+                    x, t = part(rank, whole)
+                    optimizer.zero_grad()
+                    y = model(x)
+                    if version == 1 and k == 0:
+                        with pytest.raises(npl.NoBoundaryError, match=r"model\(x\).clone\(\)"):
+                            hook(curved(y, t))
+                    hook(curved(y.clone() if version == 1 else y, t)).backward()
+                    optimizer.step()
+                ours = gather(model)
+            assert relative_error(ours, alone(rule, BATCHES)) <= 1e-10, (version, curvature)
+
+
 @scenario
 def a_step_as_a_function_stays_local(rank: int) -> None:
     """``newton_step`` may be called on one rank only."""
