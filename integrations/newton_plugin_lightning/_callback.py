@@ -139,6 +139,13 @@ class NewtonLosses(CallbackBase):
         """The same after an error or an interrupt, where Lightning does not call ``teardown``."""
         self._unwrap()
 
+    @property
+    @override
+    def state_key(self) -> str:
+        """One state for each boundary that is named, so that several callbacks fit in one Trainer."""
+        boundary = self.hook.boundary
+        return "NewtonLosses" if boundary == "auto" else f"NewtonLosses{{'boundary': {boundary!r}}}"
+
     @override
     def state_dict(self) -> dict[str, Any]:
         """The running curvature, as plain types and tensors; loads with ``weights_only=True``.

@@ -29,7 +29,9 @@ __all__ = [
     "is_preconditioned",
     "make_boundary",
     "mark_preconditioned",
+    "on_one_path",
     "operation",
+    "preconditioned_edges",
     "upstream_edges",
 ]
 
@@ -191,14 +193,25 @@ def differentiable_once(gradient: Tensor) -> bool:
     )
 
 
-def mark_preconditioned(node: Node) -> None:
-    """Note on a loss's node that its gradient is the surrogate's, so that no second step is taken."""
-    _metadata(node)[_MARK] = True
+def mark_preconditioned(node: Node, edges: Iterable[Edge]) -> None:
+    """Note on a loss's node where its gradient is the surrogate's, so that no second step is taken there."""
+    _metadata(node)[_MARK] = preconditioned_edges(node).union(edges)
+
+
+def preconditioned_edges(node: Node) -> frozenset[Edge]:
+    """What :func:`mark_preconditioned` has noted."""
+    return _metadata(node).get(_MARK, frozenset())
 
 
 def is_preconditioned(node: Node) -> bool:
     """Whether :func:`mark_preconditioned` was here."""
-    return _MARK in _metadata(node)
+    return bool(preconditioned_edges(node))
+
+
+def on_one_path(edge: Edge, others: Iterable[Edge]) -> bool:
+    """Whether ``edge`` is one of the others, or one of them was computed from the other."""
+    others = set(others)
+    return edge in others or bool(upstream_edges(edge, others)) or any(upstream_edges(o, [edge]) for o in others)
 
 
 def _metadata(node: Node) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from newton_plugin._errors import (
     NoGradientError,
     ShapeError,
 )
-from newton_plugin._graph import Boundary, is_output_of_fsdp1, is_preconditioned
+from newton_plugin._graph import Boundary, is_output_of_fsdp1, on_one_path, preconditioned_edges
 from newton_plugin._graph_cut import GraphCut
 from newton_plugin._live import precondition
 from newton_plugin._ranks import current_ranks
@@ -175,9 +175,11 @@ class LossHook:
                 "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
                 "is frozen. Pass the loss on which you would call backward()."
             )
-        if is_preconditioned(loss.grad_fn):
-            return loss
+        stepped = preconditioned_edges(loss.grad_fn)
+        if stepped and not self._names:
+            return loss  # wrapped by newton_loss, or hooked before
         cut = self._find_together(loss)
+        cut.boundaries = [b for b in cut.boundaries if not on_one_path((b.edge.node, b.edge.output_nr), stepped)]
         if cut.boundaries:
             self._used = self._rules_of(cut.boundaries, name)
             precondition(loss, cut.boundaries, self._used, self._settings)

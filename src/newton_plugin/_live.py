@@ -85,7 +85,7 @@ def precondition(
     steps, scaling = take_steps(loss, boundaries, rules, settings, hvp)
     splice(loss, boundaries, [_replacement(s.step, s.layout, scaling) for s in steps])
     assert loss.grad_fn is not None
-    mark_preconditioned(loss.grad_fn)
+    mark_preconditioned(loss.grad_fn, [(b.edge.node, b.edge.output_nr) for b in boundaries])
 
 
 def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
