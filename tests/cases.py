@@ -28,6 +28,9 @@ ranking = RankingLoss("neural_sort", temperature=0.5)
 class Case(nn.Module):
     """A model, its loss, and what the boundary should turn out to be."""
 
+    nested = False  # whether a boundary behind another one is left out, with a warning
+    feature_dims: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Linear(FEATURES, 5)
@@ -51,6 +54,18 @@ class Case(nn.Module):
     def plain(self, output: Any) -> Tensor:
         """The part of the loss that keeps its plain gradient."""
         return torch.zeros((), dtype=torch.float64)
+
+    def rows(self, y: Tensor) -> Tensor:
+        """A boundary with one sample's features in each row; :meth:`unrows` is the way back."""
+        if self.feature_dims is None:
+            return y
+        return y.movedim(self.feature_dims, -1).flatten(0, -2)
+
+    def unrows(self, rows: Tensor, like: Tensor) -> Tensor:
+        if self.feature_dims is None:
+            return rows.reshape(like.shape)
+        moved = like.movedim(self.feature_dims, -1)
+        return rows.reshape(moved.shape).movedim(-1, self.feature_dims)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and targets."""
@@ -140,6 +155,8 @@ class DictOutput(TwoHeads):
 
 class IntermediateOutput(Case):
     """A penalty on a hidden layer beside the loss: nested boundaries, of which the one nearest the loss counts."""
+
+    nested = True
 
     def forward(self, x: Tensor) -> Any:
         hidden = self.trunk(x)

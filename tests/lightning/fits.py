@@ -114,12 +114,14 @@ def surrogate_gradients(
         total = total + model.plain(output)
         for which, y in enumerate(model.boundaries(output)):
 
-            def loss_of(value: Tensor, which: int = which, output: Any = output, t: Tensor = t) -> Tensor:
-                return model.loss(model.with_boundary(output, which, value), t)
+            def loss_of(rows: Tensor, which: int = which, y: Tensor = y, output: Any = output, t: Tensor = t) -> Tensor:
+                return model.loss(model.with_boundary(output, which, model.unrows(rows, y)), t)
 
-            g, h = gradients_and_hessians(loss_of, y)
-            taken = step(g, h, curvature, structure, power, DAMPING).reshape(y.shape)
-            total = total + npl.quadratic_surrogate(y, y.detach() - taken)
+            rows = model.rows(y)
+            g, h = gradients_and_hessians(loss_of, rows)
+            taken = step(g, h, curvature, structure, power, DAMPING).reshape(rows.shape)
+            total = total + npl.quadratic_surrogate(rows, rows.detach() - taken)
+    named = [p for p in named if p.requires_grad]
     grads = torch.autograd.grad(total / len(batches), named, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(named, grads, strict=True)]
 
