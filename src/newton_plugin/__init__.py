@@ -8,6 +8,7 @@ output space and train on the quadratic surrogate. Three doors:
 * ``newton_plugin_lightning.NewtonLosses()``: a Lightning callback.
 """
 
+from newton_plugin import testing
 from newton_plugin._curvature import Curvature, EmpiricalFisher, SoftNormalization
 from newton_plugin._damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._errors import (
@@ -57,4 +58,5 @@ __all__ = [
     "newton_loss",
     "newton_step",
     "quadratic_surrogate",
+    "testing",
 ]

@@ -7,6 +7,7 @@ operation whose backward is ``node``. The *consumers* of an edge are the operati
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,7 +85,7 @@ def operation(node: Node) -> str:
 
 @functools.cache
 def _short(name: str) -> str:
-    return name.rsplit("::", 1)[-1].split("Backward")[0]
+    return re.sub(r"Backward\d*$", "", name.rsplit("::", 1)[-1])
 
 
 def is_leaf(node: Node) -> bool:

@@ -25,8 +25,9 @@ _SAME_NUMBERS = frozenset(("Alias", "Clone", "Expand", "Permute", "ReshapeAlias"
 _PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _TRANSPOSITIONS = frozenset(("Permute", "T", "Transpose"))
-# DDP's, around what the model returns: its backward says that the backward pass has begun, so it belongs to the model.
-_HANDED_THROUGH = frozenset(("_DDPSink",))
+# Around what a model or a layer returns, and a part of it: DDP's, whose backward says that the backward pass has
+# begun, and torch's own for module backward hooks, which belong below the loss.
+_HANDED_THROUGH = frozenset(("_DDPSink", "BackwardHookFunction"))
 _JOINS = frozenset(["Cat", "Stack"])
 
 # Operations that mix parameters with data, or pick from parameters by data, however the shapes look.

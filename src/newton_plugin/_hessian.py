@@ -35,6 +35,7 @@ __all__ = ["AutoCurvature", "Hessian", "HessianUnavailable"]
 
 MAX_BYTES = 2 * 1024**3
 _CHUNK_ELEMENTS = 2**24  # of (K, N, m), probes taken at once
+_COUPLED = "the loss couples the samples of a batch, so per-sample Hessians do not exist"
 _AUTO_FEATURES = 256  # above this "auto" does not spend m probes a step
 
 
@@ -171,15 +172,24 @@ class AutoCurvature(Hessian):
     What was chosen, and why, is reported once as the step's ``fallback``.
     """
 
+    def __init__(self, structure: Structure = "mean", power: float = 1) -> None:
+        super().__init__(structure, power)
+        self._coupled = False
+
     def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
         m = gradient.shape[1]
         if m > _AUTO_FEATURES:
             reason = f"{m} features would take {m} Hessian-vector products a step"
             return self._fall_back(gradient, damping, reason, ranks)
+        if self._coupled:  # known: no second probe
+            return self._fall_back(gradient, damping, _COUPLED, ranks)
         try:
             return super().step(gradient, hvp, damping, ranks)
-        except (BatchCoupledError, OutputsTooLargeError) as error:
+        except BatchCoupledError:
+            self._coupled = True
+            return self._fall_back(gradient, damping, _COUPLED, ranks)
+        except OutputsTooLargeError as error:
             return self._fall_back(gradient, damping, str(error), ranks)
 
 
@@ -217,8 +227,8 @@ def samples_are_independent(hvp: HVP, gradient: Tensor) -> bool:
         return False
     if bool(error > 1e-3 * size):
         raise BatchCoupledError(
-            "the loss couples the samples of a batch (a Hessian-vector product with random signs per sample "
-            f"differs by {float(error / size):.1e} relative), so per-sample Hessians do not exist. "
+            f"{_COUPLED} (a Hessian-vector product with random signs per sample "
+            f"differs by {float(error / size):.1e} relative). "
             "Use curvature='fisher' or 'norm', or 'auto', which chooses Fisher here. If each sample is "
             "several rows of the outputs, name the feature dimensions by feature_dims."
         )

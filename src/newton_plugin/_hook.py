@@ -28,7 +28,7 @@ from newton_plugin._live import precondition
 from newton_plugin._ranks import current_ranks
 from newton_plugin._recorded import LossCall, ModuleOutput
 from newton_plugin._rows import RowLayout
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, diagnostics
 
 __all__ = ["LossHook"]
 
@@ -277,18 +277,7 @@ class LossHook:
             place of the Hessian. With several boundaries: norms together, extremes over all, the largest damping.
             Empty before the first step.
         """
-        used = [r for r in self._used if r.last is not None and r.last_gradient is not None]
-        if not used:
-            return {}
-        lows, highs = zip(*(r.last.extremes() for r in used if r.last is not None), strict=True)
-        return {
-            "gradient_norm": _norm([r.last_gradient for r in used if r.last_gradient is not None]),
-            "step_norm": _norm([r.last.step for r in used if r.last is not None]),
-            "eig_min": min(float(v) for v in lows),
-            "eig_max": max(float(v) for v in highs),
-            "damping": max(float(r.last.damping) for r in used if r.last is not None),
-            "fallbacks": float(self._skipped + sum(r.fallbacks for r in self._rules.values())),
-        }
+        return diagnostics(self._used, self._rules.values(), self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The running state of every boundary: plain types and tensors."""
@@ -320,8 +309,3 @@ def _check_boundary(boundary: Any) -> list[str]:
 
 def _unique(boundaries: list[Boundary]) -> list[Boundary]:
     return list({(b.edge.node, b.edge.output_nr): b for b in boundaries}.values())
-
-
-def _norm(rows: list[Tensor]) -> float:
-    """Root mean square, over the samples, of the norm of all boundaries' rows together."""
-    return sum(float(r.square().sum() / max(1, r.shape[0])) for r in rows) ** 0.5

@@ -21,7 +21,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryEr
 from newton_plugin._graph import explore, is_preconditioned, make_boundary
 from newton_plugin._live import precondition
 from newton_plugin._rows import RowLayout
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, diagnostics
 
 __all__ = ["NewtonLoss", "newton_loss"]
 
@@ -66,6 +66,7 @@ class NewtonLoss(nn.Module):
         self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
         self._outputs = _check_outputs(outputs)
         self._rules: dict[str, StepRule] = {}
+        self._used: list[StepRule] = []
         self._clones: WeakKeyDictionary[Any, NewtonLoss] = WeakKeyDictionary()
         if not isinstance(loss_fn, nn.Module):
             functools.update_wrapper(self, loss_fn, updated=())  # type: ignore[arg-type]
@@ -82,6 +83,11 @@ class NewtonLoss(nn.Module):
         if not self.training or not torch.is_grad_enabled():
             return self.loss_fn(*args, **kwargs)
         named = {str(which): self._select(which, args, kwargs) for which in self._outputs}
+        for name, y in named.items():
+            if y.retains_grad or y._backward_hooks:
+                # What watches y shall see what enters the network and not our own passes over the loss.
+                named[name] = y.clone()
+                args, kwargs = _replaced(args, kwargs, y, named[name])
         edges = {name: get_gradient_edge(y) for name, y in named.items()}
         known = {(e.node, e.output_nr) for e in map(get_gradient_edge, _differentiable(args, kwargs))}
         loss = self.loss_fn(*args, **kwargs)
@@ -104,9 +110,13 @@ class NewtonLoss(nn.Module):
                     f"{boundary.shape}. Name the argument that holds the model's outputs, outputs=...."
                 )
         if boundaries:
-            rules = [self._rule(b.name) for b in boundaries]
+            rules = self._used = [self._rule(b.name) for b in boundaries]
             precondition(loss, boundaries, rules, self._settings, self._closed_form(named, args, kwargs))
         return loss
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about the last step, as :meth:`LossHook.diagnostics`; waits for the device."""
+        return diagnostics(self._used, self._rules.values())
 
     @property
     def _loss_name(self) -> str:
@@ -170,7 +180,7 @@ class NewtonLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go on from the same state, without those of the objects whose method it is."""
-        return {k: v for k, v in self.__dict__.items() if k != "_clones"}
+        return {**{k: v for k, v in self.__dict__.items() if k != "_clones"}, "_used": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -233,6 +243,10 @@ def _check_outputs(outputs: Any) -> tuple[int | str, ...]:
     if not listed:
         raise ArgumentError("outputs must name at least one argument; got none.")
     return listed
+
+
+def _replaced(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(new if a is old else a for a in args), {k: new if a is old else a for k, a in kwargs.items()}
 
 
 def _differentiable(args: Any, kwargs: Any) -> list[Tensor]:

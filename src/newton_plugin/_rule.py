@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._rows import check_feature_dims
 from newton_plugin._solve import working_dtype
 
-__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule"]
+__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule", "diagnostics"]
 
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
 Reduction = Literal["mean", "sum"]
@@ -235,3 +235,30 @@ class StepRule:
             self.damping.load_state_dict(state["damping"])  # type: ignore[attr-defined]
         self._structural_fallbacks = state["structural_fallbacks"]
         self._kept, self._zero = state["kept"], state["zero"]
+
+
+def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: int = 0) -> dict[str, float]:
+    """Numbers about the last step, for people; see :meth:`newton_plugin.LossHook.diagnostics`.
+
+    Args:
+        used: the rules of the last step.
+        rules: all there are.
+        skipped: batches without a boundary.
+    """
+    last = [(r.last, r.last_gradient) for r in used if r.last is not None and r.last_gradient is not None]
+    if not last:
+        return {}
+    lows, highs = zip(*(step.extremes() for step, _ in last), strict=True)
+    return {
+        "gradient_norm": _norm(gradient for _, gradient in last),
+        "step_norm": _norm(step.step for step, _ in last),
+        "eig_min": min(float(v) for v in lows),
+        "eig_max": max(float(v) for v in highs),
+        "damping": max(float(step.damping) for step, _ in last),
+        "fallbacks": float(skipped + sum(r.fallbacks for r in rules)),
+    }
+
+
+def _norm(rows: Iterable[Tensor]) -> float:
+    """Root mean square, over the samples, of the norm of all boundaries' rows together."""
+    return sum(float(r.square().sum() / max(1, r.shape[0])) for r in rows) ** 0.5

@@ -1,0 +1,157 @@
+"""What a loss does when it is called again, on other samples, in another dtype."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from newton_plugin.testing._reasons import first_line, in_plain_words
+from newton_plugin.testing._report import Finding, skipped
+from newton_plugin.testing._subject import Subject
+
+__all__ = ["coupling", "definiteness", "determinism", "hessian_cost", "precision"]
+
+_REPEATS = 5
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the largest entry, in float64."""
+    size = float(theirs.double().abs().max())
+    difference = float((ours.double() - theirs.double()).abs().max())
+    return difference / size if size > 0 else difference
+
+
+def determinism(subject: Subject) -> Finding:
+    """The same numbers from the same seed, and from another."""
+    first, again, other = (subject.gradient(seed=seed) for seed in (0, 0, 1))
+    rounding = 1e3 * torch.finfo(first.dtype).eps
+    if not relative(again, first) <= rounding:
+        return Finding(
+            "note",
+            "unrepeatable",
+            "a second call gave another gradient from the same seed of torch: other generators, or a state inside. "
+            "Finite differences mean nothing then.",
+            "take a generator, or draw from torch's own",
+        )
+    if not relative(other, first) <= rounding:
+        return Finding(
+            "note", "random", "it draws from torch's generator; one evaluation gives the plugin all it needs"
+        )
+    return Finding("ok", "deterministic")
+
+
+def coupling(subject: Subject, gradient: Tensor) -> Finding:
+    """Move some samples, and see whether the gradients of the others change. No second derivative is needed."""
+    if subject.layout.rows < 2:
+        return skipped("one sample alone cannot tell; pass a batch of two or more")
+    size = float(gradient.norm()) / subject.layout.rows**0.5
+    reason = "it is NaN or infinite there"
+    for far in (0.1, 1e-3, 1e-5):  # a loss may be defined near its outputs only
+        try:
+            change = _change_of_others(subject, gradient, far) / max(size, 1e-300)
+        except Exception as error:
+            reason, _ = in_plain_words(error)
+            continue
+        if math.isfinite(change):
+            return _coupled(change, far, subject.outputs.dtype)
+    return skipped(f"the loss cannot be evaluated around these outputs: {reason}")
+
+
+def _change_of_others(subject: Subject, gradient: Tensor, far: float) -> float:
+    """Those whose k-th binary digit is 1 move, then those where it is 0: any two differ in one of log2 N digits."""
+    y, reference = subject.layout.to_rows(subject.outputs), subject.layout.to_rows(gradient)
+    generator = torch.Generator().manual_seed(2)
+    moves = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+    moves = moves * far * y.std().clamp_min(1e-3)
+    worst = torch.zeros(()).to(y)
+    for digit in range((len(y) - 1).bit_length()):
+        ones = ((torch.arange(len(y), device=y.device) >> digit) & 1 == 1).unsqueeze(1)
+        for moved in (ones, ~ones):
+            there = subject.layout.from_rows(torch.where(moved, y + moves, y))
+            changed = (subject.layout.to_rows(subject.gradient(there)) - reference).abs()
+            if not bool(torch.isfinite(changed).all()):
+                return math.nan
+            worst = torch.maximum(worst, torch.where(moved, 0.0, changed).max())
+    return float(worst)
+
+
+def _coupled(change: float, far: float, dtype: torch.dtype) -> Finding:
+    if change <= (1e-8 if dtype == torch.float64 else 1e-3) * far:
+        return Finding("ok", "independent")
+    return Finding(
+        "note",
+        "coupled",
+        f"moving some samples' outputs changes the gradients of others (by {change:.1e} relative), so no sample has a "
+        "Hessian of its own",
+        "use curvature='fisher' or 'norm'; if each sample is several rows of the outputs, name feature_dims",
+        number=change,
+    )
+
+
+def precision(native: Subject, curved: bool) -> Finding:
+    """Gradient, and Hessian where there is one, in float32 against float64 at the same outputs."""
+    try:
+        low = native.to(torch.float32)
+        high = low.to(torch.float64)
+        errors = {"gradient": relative(low.gradient(), high.gradient())}
+        if curved:
+            generator = torch.Generator().manual_seed(3)
+            probes = torch.randn(2, *high.outputs.shape, generator=generator).to(low.outputs)
+            ours = low.hessian_products(probes)
+            errors["Hessian"] = relative(ours, high.hessian_products(probes.double()))
+    except Exception as error:
+        words, remedy = in_plain_words(error)
+        return Finding("note", "one dtype only", f"not compared: {words}", remedy, first_line(error))
+    words = ", ".join(f"{name} {error:.0e}" for name, error in errors.items()) + " (relative error)"
+    worst = math.nan if any(math.isnan(e) for e in errors.values()) else max(errors.values())
+    if worst <= 1e-4:
+        return Finding("ok", "accurate", words, number=worst)
+    remedy = "compute it in the log domain (logsigmoid, logsumexp, log1p, expm1), or in float64: outputs.double()"
+    if worst <= 1e-2:
+        return Finding("note", "inaccurate", words, remedy, number=worst)
+    return Finding("fails", "wrong in float32", words, remedy, number=worst)
+
+
+def definiteness(blocks: Tensor) -> Finding:
+    """Signs of the eigenvalues of the samples' Hessians (N, m, m) and of their mean."""
+    values = torch.linalg.eigvalsh((blocks + blocks.mT).double() / 2)
+    mean = torch.linalg.eigvalsh((blocks + blocks.mT).double().mean(0) / 2)
+    low, high = float(values.min()), float(values.max())
+    zero = (1e-9 if blocks.dtype == torch.float64 else 1e-5) * max(abs(low), abs(high))
+    words = f"eigenvalues from {low:.2g} to {high:.2g}"
+    if low > zero:
+        return Finding("ok", "positive definite", words, number=low)
+    if low >= -zero:
+        return Finding("ok", "positive semidefinite", words, number=low)
+    verdict = "indefinite" if high > zero else "negative semidefinite"
+    bad, of = int((values[:, 0] < -zero).sum()), len(values)
+    average = f"the mean's from {float(mean[0]):.2g} to {float(mean[-1]):.2g}"
+    return Finding(
+        "note",
+        verdict,
+        f"{words}, negative ones in {bad} of {of} samples; {average}. Where C + damping I is not positive "
+        "definite the plugin takes |eigenvalues|, so that no step goes uphill",
+        number=low,
+    )
+
+
+def hessian_cost(subject: Subject, closed_form: bool) -> Finding:
+    """Time of loss, gradient and Hessian over that of loss and gradient: medians, interleaved, on this machine."""
+    times: dict[str, list[float]] = {"gradient": [], "both": []}
+    for _ in range(_REPEATS):
+        for name, run in (("gradient", subject.gradient), ("both", subject.blocks)):
+            start = time.perf_counter()
+            run()
+            if subject.outputs.is_cuda:
+                torch.cuda.synchronize(subject.outputs.device)
+            times[name].append(time.perf_counter() - start)
+    middle = {name: sorted(values)[_REPEATS // 2] for name, values in times.items()}
+    ratio = middle["both"] / middle["gradient"]
+    m = subject.layout.features
+    words = f"{m} Hessian-vector products; all of it over the loss and its gradient alone"
+    if closed_form:
+        words += ". The plugin knows this loss's Hessian in closed form, and takes none"
+    return Finding("ok", f"{ratio:.1f} gradients", words, number=ratio)

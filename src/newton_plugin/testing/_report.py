@@ -1,0 +1,140 @@
+"""What :func:`newton_plugin.testing.check_loss` gives back."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, fields
+from typing import Literal
+
+__all__ = ["Finding", "LossReport", "Status", "skipped"]
+
+Status = Literal["ok", "note", "fails", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        status: "ok"; "note", it works, and there is something to know; "fails"; "skipped", not looked at.
+        verdict: in a word or two, for programs: "exact", "coupled", "indefinite", …
+        words: the same with what was measured, for people.
+        remedy: what to do about it; empty where there is nothing to do.
+        cause: the first line of the exception behind a failure, as torch words it.
+        number: what was measured: an error, an eigenvalue, a ratio.
+    """
+
+    status: Status
+    verdict: str
+    words: str = ""
+    remedy: str = ""
+    cause: str = ""
+    number: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """It works; there may be something to know."""
+        return self.status in ("ok", "note")
+
+
+def skipped(why: str) -> Finding:
+    """Not looked at."""
+    return Finding("skipped", "not looked at", why)
+
+
+_SAID = ("fails", "not looked at")  # by the status already
+
+_TITLES = {
+    "evaluation": "the loss itself",
+    "gradient": "gradient, autograd",
+    "gradient_differences": "  by finite differences",
+    "hessian": "Hessian, double backward",
+    "hessian_differences": "  by finite differences",
+    "func_gradient": "torch.func gradient",
+    "func_hessian": "torch.func Hessian",
+    "func_per_sample": "torch.func vmap",
+    "precision": "float32 against float64",
+    "coupling": "samples of the batch",
+    "determinism": "twice the same",
+    "definiteness": "definiteness",
+    "cost": "cost of a Hessian",
+}
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """What works for a loss at the given outputs, and why the rest does not. ``print`` it.
+
+    Attributes:
+        name: of the loss.
+        samples, features: N and m.
+        evaluation: the loss gives a finite number (or one for each sample) with a graph.
+        gradient: by ordinary backpropagation. "exact", "non-finite", "wrong" or "missing".
+        gradient_differences: the gradient against central differences of the loss.
+        hessian: by double backward, as the plugin takes it. "exact"; "zero", there is none to take; "missing", there
+            is one, and autograd cannot give it; "wrong", autograd gives another; "non-finite".
+        hessian_differences: the same against central differences of the gradient.
+        func_gradient: ``torch.func.grad`` of the batch's loss.
+        func_hessian: ``torch.func.hessian`` of the batch's loss, by reverse mode twice where forward mode fails.
+        func_per_sample: ``torch.func.vmap`` over samples of each one's Hessian, and whether that is the batch's.
+        precision: gradient and Hessian in float32 against those in float64, at the same outputs.
+        coupling: "independent", or "coupled": a sample's gradient depends on other samples' outputs.
+        determinism: "deterministic"; "random", the same from the same seed of torch; "unrepeatable".
+        definiteness: of the samples' Hessians: "positive definite", "positive semidefinite", "indefinite" or
+            "negative semidefinite".
+        cost: time of loss, gradient and Hessian over that of loss and gradient.
+        curvature: what to use, "hessian" or "fisher", from the findings above; None where there is no gradient.
+            "norm" needs, as "fisher" does, the gradient alone.
+        why: for ``curvature``, in words.
+        auto: what ``curvature="auto"`` did with this loss: "hessian", "fisher" or "error".
+        asked: what ``curvature="hessian"`` did: the same three.
+    """
+
+    name: str
+    samples: int
+    features: int
+    evaluation: Finding
+    gradient: Finding
+    gradient_differences: Finding
+    hessian: Finding
+    hessian_differences: Finding
+    func_gradient: Finding
+    func_hessian: Finding
+    func_per_sample: Finding
+    precision: Finding
+    coupling: Finding
+    determinism: Finding
+    definiteness: Finding
+    cost: Finding
+    curvature: Literal["hessian", "fisher"] | None
+    why: str
+    auto: Literal["hessian", "fisher", "error"] | None
+    asked: Literal["hessian", "fisher", "error"] | None
+
+    @property
+    def findings(self) -> dict[str, Finding]:
+        """All findings by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Finding)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} at outputs of {self.samples} samples with {self.features} features", ""]
+        for name, finding in self.findings.items():
+            words = ": ".join(w for w in (finding.verdict, finding.words) if w and w not in _SAID)
+            lines += _wrapped(f"{_TITLES[name]:<26}{finding.status:<9}", words)
+            if finding.remedy:
+                lines += _wrapped(" " * 35, f"-> {finding.remedy}")
+        return "\n".join([*lines, "", *textwrap.wrap(self._advice(), 110)])
+
+    def _advice(self) -> str:
+        if self.curvature is None:
+            return f"No curvature can be used: {self.why}."
+        advice = f"Use curvature={self.curvature!r}: {self.why}."
+        if self.auto == self.curvature:
+            return f"{advice} curvature='auto' takes the same."
+        does = "raises an error" if self.auto == "error" else f"takes {self.auto!r}"
+        return f"{advice} Name it: curvature='auto' {does} here."
+
+
+def _wrapped(title: str, words: str) -> list[str]:
+    return textwrap.wrap(words, 110, initial_indent=title, subsequent_indent=" " * 35, break_long_words=False)
