@@ -19,6 +19,7 @@ LIGHTNING = ROOT / "integrations" / "newton_plugin_lightning"
 ORDER = [
     "_errors",
     "_eager",
+    "_fabric",
     "_rows",
     "_ranks",
     "_running",

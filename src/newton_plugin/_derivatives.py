@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._curvature import HVP
+from newton_plugin._fabric import past_fabrics_guard
 from newton_plugin._graph import Boundary, differentiable_once
 from newton_plugin._hessian import HessianUnavailable
 from newton_plugin._rows import RowLayout
@@ -85,7 +86,7 @@ def _differentiate(
         for node, positions in boundary.consumers
     ]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), past_fabrics_guard():
             returned = torch.autograd.grad(
                 loss,
                 [b.edge for b in boundaries],
@@ -107,9 +108,10 @@ def _differentiate(
 
 def hessian_products(gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str) -> HVP:
     def run(probes: Tensor, batched: bool) -> Tensor:
-        (product,) = torch.autograd.grad(
-            gradient, boundary.edge, probes, is_grads_batched=batched, retain_graph=True, allow_unused=True
-        )
+        with past_fabrics_guard():
+            (product,) = torch.autograd.grad(
+                gradient, boundary.edge, probes, is_grads_batched=batched, retain_graph=True, allow_unused=True
+            )
         return torch.zeros_like(probes) if product is None else product
 
     def hvp(vectors: Tensor) -> Tensor:
