@@ -10,17 +10,24 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
 
+# One process a core with one thread each; a file stays in one process, for what its tests share.
+PYTEST := -m pytest -n auto --dist loadfile
+test test-slow test-oldest: export OMP_NUM_THREADS = 1
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python $(PYTEST) -m slow
 
 # The lower ends of the declared ranges, in an environment of their own (a download of several GB on Linux).
-test-oldest:
+test-oldest: .venv-oldest/.dev
+	.venv-oldest/bin/python $(PYTEST) -m "not slow" tests/core tests/lightning tests/distributed
+
+.venv-oldest/.dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[dev]"
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,6 +41,15 @@ examples: $(VENV)/.dev
 	$(BIN)/python -m examples.demo --seeds 2 --steps 30 --out $(VENV)/demo
 	$(BIN)/python -m newton_plugin_lightning fit --config examples/rank_digits.yaml \
 		--trainer.max_steps=60 --trainer.default_root_dir=$(VENV)/cli
+	$(BIN)/python -m newton_plugin_lightning fit --config examples/shortest_path.yaml \
+		--trainer.max_steps=20 --model.loss=fenchel_young --trainer.default_root_dir=$(VENV)/cli \
+		--trainer.logger.init_args.save_dir=$(VENV)/cli
+	$(BIN)/python -m examples.terrain
+	$(BIN)/python -m examples.assignment --seeds 1 --steps 20
+	$(BIN)/python -m examples.convex_programs
+	$(BIN)/python -m examples.portfolio --steps 20
+	$(BIN)/python -m examples.noisy_rankings --steps 60
+	$(BIN)/python -m examples.bilevel_lightning --epochs 10
 	$(BIN)/python -m pytest --doctest-modules src integrations -p no:cacheprovider
 
 $(VENV)/.python:

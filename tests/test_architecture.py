@@ -99,8 +99,10 @@ def test_core_imports_torch_alone() -> None:
 
 def test_importing_is_light() -> None:
     code = (
-        "import sys, torch; before = set(sys.modules); import newton_plugin, newton_plugin.algorithms; "
-        "heavy = {'pytorch_lightning', 'lightning', 'scipy', 'matplotlib', 'torchmetrics', 'sklearn', 'pandas'}; "
+        "import sys, torch; before = set(sys.modules); import newton_plugin, newton_plugin.algorithms, "
+        "newton_plugin.convex, newton_plugin.bilevel; "
+        "heavy = {'pytorch_lightning', 'lightning', 'scipy', 'matplotlib', 'torchmetrics', 'sklearn', 'pandas', "
+        "'numba', 'daqp'}; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(new & heavy), "
         "'torch._dynamo' in set(sys.modules) - before)"
     )

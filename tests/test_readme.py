@@ -65,21 +65,29 @@ def surroundings() -> dict[str, Any]:
         "loss_fn": torch.nn.functional.cross_entropy,
         "scores": torch.randn(5, 4, requires_grad=True),
         "ranks": torch.rand(5, 4).argsort(-1),
+        "x_clean": torch.randn(6, 4),
+        "target_clean": target,
     }
 
 
-@pytest.mark.parametrize("name", ["lightning", "loss", "loop", "ranking"])
+@pytest.mark.parametrize("name", list(BLOCKS))
 def test_readme_block(name: str) -> None:
     names = surroundings()
     exec(BLOCKS[name], names)
     if name in ("loss", "loop"):
         assert names["model"].head.weight.grad is not None
-    if name == "ranking":
+    if name in ("ranking", "paths"):
         assert names["loss"].ndim == 0
+    if name == "black_box":
+        assert names["costs"].grad is not None
+    if name == "convex":
+        assert names["p"].grad is not None
+    if name == "bilevel":
+        assert names["weights"].any()
 
 
 def test_no_block_is_left_out() -> None:
-    assert README.count("```python") == len(BLOCKS) == 4
+    assert README.count("```python") == len(BLOCKS) == 9
 
 
 def test_links_lead_somewhere() -> None:

@@ -102,7 +102,7 @@ def test_wrong_arguments_fail_at_construction(options: dict[str, Any], kind: typ
         (
             lambda: npl.newton_step(info_nce, Y, T, curvature="hessian"),
             RuntimeError,
-            r"the loss couples the samples of a batch .* Use curvature='fisher' or 'norm'",
+            r"the loss couples the samples of a batch, so .* Use curvature='fisher' or 'norm'",
         ),
         (lambda: npl.newton_step(F.cross_entropy, Y * torch.nan, T), RuntimeError, r"not finite in 4 of 4 samples"),
         (

@@ -17,7 +17,7 @@ from examples.terrain_files import load_warcraft
 from torch import Tensor
 
 from newton_plugin.algorithms import shortest_path
-from newton_plugin_lightning import NewtonLosses
+from newton_plugin_lightning import NewtonLosses, cli
 
 try:
     import pytorch_lightning as pl
@@ -155,3 +155,18 @@ def test_the_network_sees_one_tile_at_a_time(maps: terrain.Maps) -> None:
     inside[24:32, 32:40] = True
     assert g[..., inside].any()
     assert not g[..., ~inside].any()
+
+
+def test_the_configuration_as_it_is(tmp_path: Path, maps: terrain.Maps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The YAML file with two steps on a few maps, in a folder of its own: metrics, picture, the saved configuration."""
+    config = Path(terrain.__file__).parent / "shortest_path.yaml"
+    few = terrain.Maps(*(t[:32] for t in maps))
+    monkeypatch.setattr("examples.terrain_data.draw_maps", lambda count, size, seed: few)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own calls
+    few_steps = ["--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--trainer.enable_progress_bar=false"]
+    monkeypatch.setattr("sys.argv", ["newton_plugin_lightning", "fit", "--config", str(config), *few_steps])
+    assert cli.main() == 0
+    assert (tmp_path / "lightning_logs" / "shortest_path.png").stat().st_size > 10_000
+    (metrics,) = tmp_path.glob("lightning_logs/shortest_path/version_*/metrics.csv")
+    assert {"val/perfect", "val/cost_ratio"} <= set(metrics.read_text().splitlines()[0].split(","))
