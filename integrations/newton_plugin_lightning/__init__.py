@@ -10,5 +10,6 @@ goes into either Trainer.
 from newton_plugin_lightning._bases import LightningMissingError
 from newton_plugin_lightning._callback import NewtonLosses
 from newton_plugin_lightning._metrics import RankAccuracy
+from newton_plugin_lightning._path_metrics import CostRatio, PathAccuracy
 
-__all__ = ["LightningMissingError", "NewtonLosses", "RankAccuracy"]
+__all__ = ["CostRatio", "LightningMissingError", "NewtonLosses", "PathAccuracy", "RankAccuracy"]
