@@ -3,8 +3,8 @@
     python -m benchmarks.ranks            # several minutes; writes benchmarks/results/ranks.md and .json
 
 A step of torch's DistributedDataParallel (gloo, one thread a rank) with the hook at ``sync=True`` against the same with
-``sync=False``, interleaved in one process group; medians. gloo moves tensors through shared memory and TCP of one machine, so
-times say nothing of a cluster: the bytes do.
+``sync=False``, interleaved in one process group; medians. gloo moves tensors within one machine here, so times say
+nothing of a cluster: the bytes do.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def table(rows: list[dict[str, float]]) -> str:
     lines = [
         "# What averaging the curvature over ranks costs",
         "",
-        f"Fisher, batches of {BATCH} samples a rank, network 64-512-m, gloo on one machine of {os.cpu_count()} cores, one",
-        "thread a rank (4 ranks share the cores). Step = forward, hook, backward with DDP's own all-reduce of the parameters'",
-        "gradients. Medians; `python -m benchmarks.ranks`.",
+        f"Fisher, batches of {BATCH} samples a rank, network 64-512-m, gloo on one machine of {os.cpu_count()} cores,",
+        "one thread a rank (4 ranks share the cores). Step = forward, hook, backward with DDP's own all-reduce of the",
+        "parameters' gradients. Medians; `python -m benchmarks.ranks`.",
         "",
         "| m | ranks | sent by each rank | step without the hook | hook, sync=False | hook, sync=True | sync costs |",
         "|---|---|---|---|---|---|---|",

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from benchmarks.shortest_path_peers import c_dijkstra, csgraph, numpy_wavefront, published_bellman_ford, pyepo_loss
+from benchmarks.tables import markdown
 from examples.terrain import COSTS, draw_terrains
 from torch import Tensor
 
@@ -200,16 +201,6 @@ def kept_bytes(loss: Callable[[Tensor], Tensor], costs: Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table of rows."""
-    keys = list(dict.fromkeys(k for row in rows for k in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    for row in rows:
-        cells = [row.get(k, "") for k in keys]
-        lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, short rounds: a look")
@@ -247,11 +238,11 @@ def main() -> None:
     text = "\n\n".join(
         [
             "# Exact solvers",
-            table(exact),
+            markdown(exact),
             "# One call of shortest_path, 12x12, by batch",
-            table(batches),
+            markdown(batches),
             f"# Losses, forward and backward, {losses_batch} maps of 12x12, {samples} samples of noise",
-            table(losses),
+            markdown(losses),
             "\n".join(f"* {k}: {v}" for k, v in report.items() if not isinstance(v, list)),
         ]
     )

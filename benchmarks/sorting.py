@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from benchmarks.tables import markdown
 from diffsort import DiffSortNet
 from torch import Tensor
 
@@ -290,16 +291,6 @@ def draw(folder: Path) -> None:
     figure.savefig(folder / "sort_matrices.png", dpi=110)
 
 
-def table(rows: list[dict]) -> str:
-    """A Markdown table of rows with the same keys."""
-    keys = list(dict.fromkeys(k for row in rows for k in row))
-    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    for row in rows:
-        cells = [row.get(k, "") for k in keys]
-        lines.append("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes only, a few seconds")
@@ -316,7 +307,7 @@ def main() -> None:
         rows = compare_training(options.train)
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "sorting_training.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (options.out / "sorting_training.md").write_text(table(rows) + "\n")
+        (options.out / "sorting_training.md").write_text(markdown(rows) + "\n")
         return
     sizes = [(100, 5), (100, 10), (1000, 5), (1000, 10), (100, 32), (1000, 32), (100, 128), (1000, 128)]
     sizes = [(10, 5), (10, 10)] if options.quick else [*sizes, (100, 1024)]
@@ -332,18 +323,18 @@ def main() -> None:
                     del chosen[name]
             if chosen:
                 rows += compare(family, chosen, batch, n, 0.3 if options.quick else 3.0)
-                print(table(rows[-len(chosen) :]), flush=True)
+                print(markdown(rows[-len(chosen) :]), flush=True)
     losses = [
         row
         for batch, n in ([(10, 5)] if options.quick else [(32, 10), (100, 32)])
         for row in compare_losses(n, batch, 0.3 if options.quick else 2.0)
     ]
-    print(table(losses))
+    print(markdown(losses))
     machine = {"torch": torch.__version__, "threads": 1, "cpu": platform.processor() or platform.machine()}
     options.out.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "sorting": rows, "losses": losses, "skipped": skipped}
     (options.out / "sorting.json").write_text(json.dumps(result, indent=1) + "\n")
-    parts = [table(rows), table(losses), table(skipped) if skipped else "Nothing was skipped."]
+    parts = [markdown(rows), markdown(losses), markdown(skipped) if skipped else "Nothing was skipped."]
     (options.out / "sorting.md").write_text("\n\n".join(parts) + "\n")
 
 

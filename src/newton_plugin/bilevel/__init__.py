@@ -1,0 +1,27 @@
+"""Losses with a training loop inside: bilevel optimization.
+
+The *lower* level trains y on a loss G(x, y) that depends on *upper* parameters x (the weight of every sample, the
+strength of a regulariser); the upper level chooses x so that the trained y does well on another loss F. The
+gradient of ``F(x, y*(x))`` in x is the hypergradient, an implicit derivative: :func:`hypergradient`. The optimizers
+interleave both levels: start with :class:`MASOBA`.
+"""
+
+from newton_plugin.bilevel._accbo import AccBO
+from newton_plugin.bilevel._borep import BOREP
+from newton_plugin.bilevel._errors import DoubleBackwardError, GradScalerError, NotConvergedError
+from newton_plugin.bilevel._hypergradient import hypergradient
+from newton_plugin.bilevel._masoba import MASOBA
+from newton_plugin.bilevel._oracle import OracleCalls
+from newton_plugin.bilevel._stocbio import StocBiO
+
+__all__ = [
+    "BOREP",
+    "MASOBA",
+    "AccBO",
+    "DoubleBackwardError",
+    "GradScalerError",
+    "NotConvergedError",
+    "OracleCalls",
+    "StocBiO",
+    "hypergradient",
+]

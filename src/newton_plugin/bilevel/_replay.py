@@ -1,0 +1,117 @@
+"""Evaluate a loss again on the same sample: same dropout mask, same draws, and no trace in buffers.
+
+A bilevel step evaluates each closure several times. Two things would then go wrong without anybody noticing:
+
+* *Random numbers.* STORM subtracts the hypergradient of the *same sample* at the old point. The state of the
+  generators (CPU, and the devices of the parameters) is kept before the first evaluation and put back before
+  each later one; afterwards the stream goes on where the first evaluation left it.
+* *Buffers.* A BatchNorm that sees one batch five times in a step would advance its running statistics five
+  times. The first evaluation of a closure advances them, as in any training; later ones are given copies of the
+  buffers, which are thrown away. The modules are found by a forward pre-hook on every module, so nobody has to
+  list them; TorchScript modules keep their buffers to themselves and are not covered.
+
+A closure that draws from generator objects of its own, from ``random`` or from NumPy is not replayed: draw such
+samples before the step, outside the closure.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+__all__ = ["Replay"]
+
+
+class RandomState:
+    """The state of torch's default generators, on the CPU and on some devices, at one moment."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._others = [(d, _generator_access(d), _generator_access(d).get_rng_state(*_index(d))) for d in devices]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, access, state in self._others:
+            access.set_rng_state(state, *_index(device))
+
+
+def _generator_access(device: torch.device) -> Any:
+    return torch.get_device_module(device)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)
+
+
+class _Lender:
+    """A forward pre-hook that gives modules copies of their buffers (an object: torch.compile looks into closures)."""
+
+    def __init__(self) -> None:
+        self.owned: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling() or module in self.owned:  # the compiled wrapper was called before
+            return
+        for inner in module.modules():
+            if inner not in self.owned and inner._buffers and not isinstance(inner, torch.jit.ScriptModule):
+                self.owned[inner] = dict(inner._buffers)
+                inner._buffers.update({k: b if b is None else b.clone() for k, b in inner._buffers.items()})
+        self.owned.setdefault(module, {})
+
+    def give_back(self) -> None:
+        for module, buffers in self.owned.items():
+            module._buffers.update(buffers)
+
+
+@contextmanager
+def borrowed_buffers() -> Iterator[None]:
+    """Inside, every module that is called works on copies of its buffers."""
+    lender = _Lender()
+    handle = register_module_forward_pre_hook(lender)
+    try:
+        with warnings.catch_warnings():
+            # torch.compile mentions that a global hook fires for its wrapper as well, which is welcome here.
+            warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
+            yield
+    finally:
+        handle.remove()
+        lender.give_back()
+
+
+class Replay:
+    """The samples of one step: what was drawn when a closure was first evaluated."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        devices = dict.fromkeys(t.device for t in tensors)
+        self._devices = [d for d in devices if d.type not in ("cpu", "meta")]
+        self._states: dict[str, RandomState] = {}
+        self._evaluated: set[str] = set()
+
+    def forget(self) -> None:
+        """The next evaluation of each closure is a first one again."""
+        self._states.clear()
+        self._evaluated.clear()
+
+    def fresh(self, name: str, closure: Callable[[], Any]) -> Any:
+        """Evaluate on whatever the generators give next."""
+        with borrowed_buffers() if name in self._evaluated else nullcontext():
+            self._evaluated.add(name)
+            return closure()
+
+    def same(self, name: str, closure: Callable[[], Any]) -> Any:
+        """Evaluate on the sample of the first call of this method; that one is fresh."""
+        if name not in self._states:
+            self._states[name] = RandomState(self._devices)
+            return self.fresh(name, closure)
+        now = RandomState(self._devices)
+        self._states[name].restore()
+        try:
+            return self.fresh(name, closure)
+        finally:
+            now.restore()

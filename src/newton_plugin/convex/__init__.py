@@ -1,0 +1,36 @@
+"""Convex programs as differentiable functions: BPQP.
+
+* ``solve_qp(Q, p, A, b, G, h)``: quadratic programs, batched, exact, differentiable to any order.
+* ``BPQPLayer``: the same as a module.
+* ``ConvexLayer(objective, equality, inequality)``: any smooth convex program, written as torch functions.
+"""
+
+from newton_plugin.convex._convex_layer import ConvexLayer, ConvexSolution
+from newton_plugin.convex._problem import Problem
+from newton_plugin.convex._qp import BPQPLayer, solve_qp
+from newton_plugin.convex._solution import QPSolution
+from newton_plugin.convex._solvers import QPSolver
+from newton_plugin.convex._status import (
+    MissingSolverError,
+    NestedForwardError,
+    NonUniqueSolutionWarning,
+    ProblemFailedError,
+    ProblemFailedWarning,
+    Status,
+)
+
+__all__ = [
+    "BPQPLayer",
+    "ConvexLayer",
+    "ConvexSolution",
+    "MissingSolverError",
+    "NestedForwardError",
+    "NonUniqueSolutionWarning",
+    "Problem",
+    "ProblemFailedError",
+    "ProblemFailedWarning",
+    "QPSolution",
+    "QPSolver",
+    "Status",
+    "solve_qp",
+]

@@ -1,0 +1,86 @@
+r"""A batch of quadratic programs in the one form that solvers see.
+
+    min 1/2 x'Qx + p'x    subject to    C x = c in the first m rows,    C x <= c in the others
+
+The user's A, b, G, h are stacked, vectors always carry the batch dimension, matrices only where they differ
+between problems: Q (n, n) is *shared*, (B, n, n) is not. A single problem is a batch of one with shared matrices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Problem", "Tolerances", "condition", "finite", "own"]
+
+
+class Problem(NamedTuple):
+    """B problems of n variables, m equalities and K rows altogether, in float64."""
+
+    Q: Tensor
+    """(n, n) or (B, n, n), symmetric."""
+    p: Tensor
+    """(B, n)."""
+    C: Tensor
+    """(K, n) or (B, K, n)."""
+    c: Tensor
+    """(B, K)."""
+    m: int
+    """The first m rows are equalities."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.p.shape[0]
+
+    @property
+    def is_equality(self) -> Tensor:
+        """(K,), true for the first m rows."""
+        return torch.arange(self.c.shape[-1], device=self.c.device) < self.m
+
+    def at(self, index: Tensor) -> Problem:
+        """The problems of these batch indices; shared matrices stay shared."""
+        return Problem(own(self.Q, index), self.p[index], own(self.C, index), self.c[index], self.m)
+
+
+def own(matrix: Tensor, index: Tensor) -> Tensor:
+    """The matrices of these batch indices, if there are several."""
+    return matrix if matrix.ndim == 2 else matrix[index]
+
+
+def finite(problem: Problem) -> Tensor:
+    """(B,): no NaN and no infinity in the data."""
+    ok = torch.isfinite(problem.p).all(-1) & torch.isfinite(problem.c).all(-1)
+    return ok & torch.isfinite(problem.Q).all(-1).all(-1) & torch.isfinite(problem.C).all(-1).all(-1)
+
+
+class Tolerances(NamedTuple):
+    """Relative thresholds of one batch: rounding grows with the condition of Q.
+
+    A multiplier is compared with the largest term of the optimality condition and a slack with the terms it is
+    the difference of: units and scales do not matter.
+    """
+
+    slack: Tensor
+    """(B, 1): C x <= c + slack * (|c| + |row of C| |x|) holds."""
+    multiplier: Tensor
+    """(B, 1): y >= -multiplier * (scale of the gradient) holds."""
+
+    @staticmethod
+    def of(cholesky: Tensor, batch: int) -> Tolerances:
+        """From L of Q = L L': (max diag / min diag)^2 is a lower estimate of Q's condition."""
+        value = (4 * torch.finfo(cholesky.dtype).eps * condition(cholesky)).clamp(1e-11, 1e-7)
+        value = value.expand(batch).unsqueeze(-1)
+        return Tolerances(value, value)
+
+    def at(self, index: Tensor) -> Tolerances:
+        """Those of these batch indices."""
+        return Tolerances(self.slack[index], self.multiplier[index])
+
+
+def condition(cholesky: Tensor) -> Tensor:
+    """A lower estimate of the condition of ``L L'``: (n, n) -> (), (B, n, n) -> (B,)."""
+    diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
+    return (diagonal.amax(-1) / diagonal.amin(-1)) ** 2
