@@ -72,6 +72,8 @@ class CurvatureStep:
             without dimensions, to be read when the host waits anyway. None: not looked for.
         finite: whether this batch's C is finite; a tensor without dimensions. Where it is not, the gradient stays as
             it is. None: not looked for.
+        agreed: whether ``finite`` is the same on all ranks and covers all their gradients, so that they need not ask
+            one another again. A sum of squares over the ranks does: one NaN among the gradients is in it.
     """
 
     step: Tensor
@@ -81,6 +83,7 @@ class CurvatureStep:
     fallback: str = ""
     zero_hessian: Tensor | None = None
     finite: Tensor | None = None
+    agreed: bool = False
 
 
 @runtime_checkable
@@ -166,7 +169,7 @@ class EmpiricalFisher:
         if self.structure == "isotropic":
             d = damping.value(size)
             step = self._with_own(isotropic_step(size, d, gradient, self.power), gradient, damping)
-            return CurvatureStep(step, d, size, lambda: (size, size), finite=self._mean.finite)
+            return CurvatureStep(step, d, size, lambda: (size, size), finite=self._mean.finite, agreed=True)
         if self.structure == "per_sample":
             return self._per_sample(gradient, damping.value(size))
         return self._push_through(gradient, own_size, size, damping, ranks)
@@ -178,7 +181,7 @@ class EmpiricalFisher:
         d = damping.value(eigenvalue_scale(c))
         solve = solve_definite(c, d, gradient) if self.power == 1 else solve_power(c, d, gradient, self.power)
         step = self._with_own(solve, gradient, damping)
-        return CurvatureStep(step, d, c, lambda: dense_extremes(c), finite=self._mean.finite)
+        return CurvatureStep(step, d, c, lambda: dense_extremes(c), finite=self._mean.finite, agreed=True)
 
     def _with_own(self, step: Tensor, gradient: Tensor, damping: Damping) -> Tensor:
         """The step with the sample's own ``w g g'`` added to C, by the formula of Sherman and Morrison:
@@ -200,6 +203,7 @@ class EmpiricalFisher:
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
             finite=self._mean.finite,
+            agreed=True,
         )
 
     def _push_through(
@@ -213,7 +217,7 @@ class EmpiricalFisher:
         d = damping.value(torch.linalg.matrix_norm(gram) / m**0.5)  # G'G and GG' share their eigenvalues
         step = self._with_own(solve_push_through(rows, gram, d, self.power)[own], gradient, damping)
         extremes = lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(gram).max())  # noqa: E731
-        return CurvatureStep(step, d, None, extremes, finite=self._mean.finite)
+        return CurvatureStep(step, d, None, extremes, finite=self._mean.finite, agreed=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The running mean of C."""

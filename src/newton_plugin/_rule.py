@@ -149,7 +149,9 @@ class StepRule:
         with torch.autocast(gradient.device.type, enabled=False):
             result = self.curvature.step(gradient, hvp, self.damping, **more)
         fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()
-        fine = ranks.all(fine if result.finite is None else fine & result.finite)
+        fine = fine if result.finite is None else fine & result.finite
+        if not result.agreed:
+            fine = ranks.all(fine)
         if self.on_nonfinite == "raise" and not bool(fine):
             self._raise(gradient, result)
         result.step = torch.where(fine, result.step, gradient)
