@@ -61,6 +61,42 @@ def test_an_exception_leaves_no_trace(pl: Any, boundary: str) -> None:
     assert hooks_of(module) == hooks
 
 
+class RaisesInBackward(torch.autograd.Function):
+    """The identity below the outputs, whose backward fails once the step is on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise ZeroDivisionError("in backward")
+
+
+def test_an_exception_in_backward_leaves_no_trace_and_the_next_fit_is_right(pl: Any) -> None:
+    broken = [True]
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
+        hidden = self.model.encoder(batch[0])
+        return self.model.criterion(self.model.head(RaisesInBackward.apply(hidden) if broken[0] else hidden), batch[1])
+
+    batches = batches_of(Functional, 2)
+    module = classifier_module(pl, training_step=training_step)
+    before, hooks, start = attributes(module), hooks_of(module), parameters(module)
+    newton = NewtonLosses(damping=0.05)
+    with pytest.raises(ZeroDivisionError, match="in backward"):
+        trainer(pl, newton).fit(module, Batches(batches))
+    assert attributes(module) == before
+    assert hooks_of(module) == hooks
+    assert all(map(torch.equal, parameters(module), start))
+
+    broken[0] = False
+    twin = classifier_module(pl, training_step=training_step)
+    trainer(pl, newton).fit(module, Batches(batches))
+    trainer(pl, NewtonLosses(damping=0.05)).fit(twin, Batches(batches))
+    assert all(map(torch.equal, parameters(module), parameters(twin)))
+
+
 def test_an_interrupt_leaves_no_trace(pl: Any) -> None:
     module = classifier_module(pl, training_step=raising_step(KeyboardInterrupt()))
     before = attributes(module)
