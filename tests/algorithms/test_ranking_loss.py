@@ -152,18 +152,16 @@ def test_any_callable_that_gives_p() -> None:
 
 @every_method
 def test_ragged_lists_by_mask(loss: RankingLoss, p) -> None:
-    if "bitonic" in repr(loss):
-        with pytest.raises(errors.ArgumentError, match=r"mask needs layout='odd_even'; got layout='bitonic'"):
-            loss(torch.zeros(2), torch.tensor([0, 1]), torch.tensor([True, True]))
-        return
-    scores, _ = _batch(5, 6)
-    lists = [[0, 1, 2, 3, 4, 5], [1, 4, 5], [2], [], [0, 2, 3, 5]]
-    mask = torch.zeros(5, 6, dtype=torch.bool)
-    ranks = torch.full((5, 6), 99)
-    expected = torch.zeros(5, dtype=torch.float64)
+    """Every list as if it were alone, whatever it was padded to; also in a network of a power of two."""
+    scores, _ = _batch(7, 9)
+    lists = [[0, 1, 2, 3, 4, 5], [1, 4, 5], [2], [], [0, 2, 3, 5], list(range(9)), [0, 8, 2, 3, 4, 5, 6, 7]]
+    mask = torch.zeros(7, 9, dtype=torch.bool)
+    ranks = torch.full((7, 9), 99)
+    expected = torch.zeros(7, dtype=torch.float64)
     each = RankingLoss(loss.method, reduction="none")
-    gradient = torch.zeros(5, 6, dtype=torch.float64)
+    gradient = torch.zeros(7, 9, dtype=torch.float64)
     for i, present in enumerate(lists):
+        present = sorted(present)
         mask[i, present] = True
         ranks[i, present] = torch.randperm(len(present), generator=torch.Generator().manual_seed(i))
         if present:

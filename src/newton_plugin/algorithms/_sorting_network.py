@@ -34,6 +34,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, 
 from newton_plugin.algorithms._layers import LAYOUTS, Layer, join, schedule, split
 from newton_plugin.algorithms._log_domain import log_zero, wide
 from newton_plugin.algorithms._neural_sort import check_scores
+from newton_plugin.algorithms._ragged import BitonicLists, Lists, OddEvenLists
 from newton_plugin.algorithms._swaps import SWAPS, log_swap, swap
 
 __all__ = ["AnyLengthNetwork", "SortingNetwork"]
@@ -132,24 +133,21 @@ class SortingNetwork(torch.nn.Module):
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n) -> two of (..., n, n), in float64.
 
-        ``lengths`` (...,): the first so many elements of each list are real. Odd-even layouts only: the first
-        layers and wires of the network of n are the network of the shorter list.
+        ``lengths`` (...,): the first so many elements of each list are real; each list goes through the network of
+        its own length.
         """
-        if lengths is not None and self.layout != "odd_even":
-            raise ArgumentError(
-                f"mask needs layout='odd_even'; got layout={self.layout!r}. A bitonic network does not "
-                "contain those of shorter lists: group the lists by length instead."
-            )
         x = wide(self._prepare(scores))
         state = self._log_identity(x)
+        lists = None if lengths is None or not self._layers else self._ragged(lengths.flatten(), x.shape[0])
+        if lists is not None:
+            x, state = lists.place(x), lists.place(state)
         for depth, (layer, slope) in enumerate(zip(self._layers, self._slopes(x), strict=True)):
             a, b = split(x, layer)
+            if lists is not None:
+                active, slope = lists.active(layer, depth), lists.slope(layer, depth, slope)
+            else:
+                active = slope != 0 if isinstance(slope, Tensor) and self._resting else None
             log_v, log_q = log_swap(self.swap, (a - b) * slope)
-            active = slope != 0 if isinstance(slope, Tensor) and self._resting else None
-            if lengths is not None:
-                length = lengths.flatten()
-                ends = torch.arange(layer.pairs, device=x.device).view(-1, 1, 1, 1) * 2 + layer.offset + 1
-                active = (ends < length) & (depth < length)
             if active is not None:
                 log_v = torch.where(active, log_v, 0.0)
                 log_q = torch.where(active, log_q, log_zero(log_q))
@@ -157,8 +155,13 @@ class SortingNetwork(torch.nn.Module):
             x = join(a + move, b - move, x, layer)
             p, r = split(state, layer)
             state = join(_log_add(log_v + p, log_q + r), _log_add(log_q + p, log_v + r), state, layer)
-        log_p, log_rest = state.chunk(2, 1)
+        log_p, log_rest = (state if lists is None else lists.take(state)).chunk(2, 1)
         return self._lists(log_p, scores), self._lists(log_rest, scores)
+
+    def _ragged(self, lengths: Tensor, wires: int) -> Lists:
+        if self.layout == "odd_even":
+            return OddEvenLists(lengths)
+        return BitonicLists(lengths, wires, self._resting, self.steepness)
 
     def _prepare(self, scores: Tensor) -> Tensor:
         """(..., n) -> (wires, 1, lists)."""
