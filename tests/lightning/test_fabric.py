@@ -32,15 +32,15 @@ def test_fabric_backward_equals_the_plain_loop(pl: Any, precision: str, accumula
     if precision == "16-mixed":
         plugins = importlib.import_module(f"{fabric.__name__}.plugins.precision.amp")
         options = {"plugins": plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler_for(precision))}
-    session = fabric.Fabric(accelerator="cpu", devices=1, **options)
+    runner = fabric.Fabric(accelerator="cpu", devices=1, **options)
     bare = case_module(pl, Functional).to(dtype).model
-    model, optimizer = session.setup(bare, torch.optim.SGD(bare.parameters(), lr=1.0))
+    model, optimizer = runner.setup(bare, torch.optim.SGD(bare.parameters(), lr=1.0))
     hook = npl.LossHook(damping="auto")
     for k, (x, t) in enumerate(batches):
-        with session.autocast():
+        with runner.autocast():
             loss = hook(bare.loss(model(x), t)) / accumulate
-        with session.no_backward_sync(model, enabled=False):
-            session.backward(loss)
+        with runner.no_backward_sync(model, enabled=False):
+            runner.backward(loss)
         if (k + 1) % accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
@@ -51,10 +51,10 @@ def test_fabric_backward_equals_the_plain_loop(pl: Any, precision: str, accumula
 
 def test_the_guard_against_a_plain_backward_is_back_in_place(pl: Any) -> None:
     """Fabric still refuses ``loss.backward()`` in mixed precision, also for a Hessian and after an error."""
-    session = fabric_of(pl).Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    model = session.setup(case_module(pl, Functional).float().model)
+    runner = fabric_of(pl).Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = runner.setup(case_module(pl, Functional).float().model)
     x, t = of_dtype(batches_of(Functional, 1), torch.float32)[0]
     loss = npl.LossHook(curvature="hessian")(model.loss(model(x), t))
     with pytest.raises(RuntimeError, match=r"requires you to call `fabric\.backward"):
         loss.backward()
-    session.backward(npl.LossHook(curvature="hessian")(model.loss(model(x), t)))
+    runner.backward(npl.LossHook(curvature="hessian")(model.loss(model(x), t)))
