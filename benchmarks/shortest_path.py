@@ -89,15 +89,17 @@ def compare_exact(kind: str, size: int, batch: int, budget: float) -> list[Row]:
 def compare_batches(budget: float) -> list[Row]:
     """How the time of one call grows with the batch; what threads give."""
     rows: list[Row] = []
-    for batch in (1, 10, 100, 1000):
-        costs = torch.rand(batch, 12, 12, generator=torch.Generator().manual_seed(0)) + 0.1
+    for batch, side in ((1, 12), (10, 12), (100, 12), (1000, 12), (200, 96)):
+        costs = torch.rand(batch, side, side, generator=torch.Generator().manual_seed(0)) + 0.1
         functions: dict[str, Callable[[], object]] = {
             "numba": lambda c=costs: shortest_path(c, backend="numba"),
             "torch": lambda c=costs: shortest_path(c, backend="torch"),
         }
         times = rounds(functions, budget)
-        row: Row = {"batch": batch} | {f"{k}, us a map": 1e6 * statistics.median(t) / batch for k, t in times.items()}
-        if batch == 1000:
+        row: Row = {"batch": batch, "map": f"{side}x{side}"} | {
+            f"{k}, us a map": 1e6 * statistics.median(t) / batch for k, t in times.items()
+        }
+        if batch >= 200:
             torch.set_num_threads(2)
             two = rounds({"numba": functions["numba"]}, budget)["numba"]
             torch.set_num_threads(1)
@@ -239,7 +241,7 @@ def main() -> None:
         [
             "# Exact solvers",
             markdown(exact),
-            "# One call of shortest_path, 12x12, by batch",
+            "# One call of shortest_path, by batch",
             markdown(batches),
             f"# Losses, forward and backward, {losses_batch} maps of 12x12, {samples} samples of noise",
             markdown(losses),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.cases import CLASSES, FEATURES, Case, N, TwoHeads
+from tests.cases import CLASSES, FEATURES, Case, IntermediateOutput, N, TwoHeads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -173,23 +173,12 @@ class DataclassOutput(TwoHeads):
         return Prediction(*super().with_boundary((output.logits, output.scale), which, y))
 
 
-class Regularised(Case):
+class Regularised(IntermediateOutput):
     """L2 in the loss, an orthogonality penalty, and a penalty on activations behind the outputs: all plain."""
-
-    nested = True
 
     def forward(self, x: Tensor) -> Any:
         hidden = torch.tanh(self.trunk(x))
         return self.head(hidden), hidden
-
-    def loss(self, output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(output[0], target) + self.plain(output)
-
-    def boundaries(self, output: Any) -> list[Tensor]:
-        return [output[0]]
-
-    def with_boundary(self, output: Any, which: int, y: Tensor) -> Any:
-        return y, output[1]
 
     def plain(self, output: Any) -> Tensor:
         w = self.trunk.weight

@@ -143,8 +143,8 @@ class NewtonLosses(CallbackBase):
     @override
     def state_key(self) -> str:
         """One state for each boundary that is named, so that several callbacks fit in one Trainer."""
-        boundary = self.hook.boundary
-        return "NewtonLosses" if boundary == "auto" else f"NewtonLosses{{'boundary': {boundary!r}}}"
+        name, boundary = type(self).__qualname__, self.hook.boundary
+        return name if boundary == "auto" else f"{name}{{'boundary': {boundary!r}}}"
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def take_steps(
     ranks.agree("; ".join(f"{b.name!r} with {a.features} features" for b, a in zip(boundaries, layouts, strict=True)))
     steps = []
     with torch.autocast(loss.device.type, enabled=False):
-        gradients, cause = loss_gradients(loss, boundaries, layouts, scaling, twice)
+        gradients, cause = loss_gradients(
+            loss, boundaries, layouts, scaling, twice, verified=all(rule.twice_differentiable for rule in rules)
+        )
         for boundary, layout, rule, gradient in zip(boundaries, layouts, rules, gradients, strict=True):
             rows = layout.to_rows(gradient.detach())
             product = hessian_products(gradient, boundary, layout, rule, cause) if twice else hvp

@@ -132,6 +132,7 @@ class StepRule:
     last_gradient: Tensor | None = None
     batched_probes: bool = True
     twice_differentiable: bool = False  # not known yet
+    takes_ranks: bool = False  # not known yet
     _structural_fallbacks: int = 0
     _kept: Tensor | None = None
     _zero: Tensor | None = None
@@ -145,7 +146,9 @@ class StepRule:
     def __call__(self, gradient: Tensor, hvp: HVP | None, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
         """Rows (N, m) of any floating dtype in; the step in the working dtype out."""
         gradient = gradient.to(working_dtype(gradient.device))
-        more = {"ranks": ranks} if ranks.many and self._takes_ranks() else {}
+        if ranks.many and not self.takes_ranks:
+            self._check_takes_ranks()
+        more = {"ranks": ranks} if ranks.many else {}
         with torch.autocast(gradient.device.type, enabled=False):
             result = self.curvature.step(gradient, hvp, self.damping, **more)
         fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()
@@ -159,13 +162,13 @@ class StepRule:
         self.last, self.last_gradient = result, gradient
         return result
 
-    def _takes_ranks(self) -> bool:
-        if "ranks" in inspect.signature(self.curvature.step).parameters:
-            return True
-        raise ArgumentError(
-            f"curvature={self.curvature!r} cannot be averaged over processes: its step() takes no argument `ranks`. "
-            "Add it (see npl.Curvature), or pass sync=False to give each process the C of its own samples."
-        )
+    def _check_takes_ranks(self) -> None:
+        if "ranks" not in inspect.signature(self.curvature.step).parameters:
+            raise ArgumentError(
+                f"curvature={self.curvature!r} cannot be averaged over processes: its step() takes no argument `ranks`. "
+                "Add it (see npl.Curvature), or pass sync=False to give each process the C of its own samples."
+            )
+        self.takes_ranks = True
 
     def _raise(self, gradient: Tensor, result: CurvatureStep) -> None:
         bad = int((~torch.isfinite(gradient)).any(-1).sum())

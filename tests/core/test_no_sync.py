@@ -36,3 +36,26 @@ def test_a_training_step_does_not_wait(curvature: str, structure: str, damping: 
             wrapped(model(x), t).backward()
     with pytest.raises(AssertionError, match="waits"), NoWaiting():
         hook.diagnostics()
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_hessian_is_verified_once_and_not_at_every_step() -> None:
+    """Whether the samples are coupled, and whether a hook changes the gradient: both make the host wait."""
+    torch.manual_seed(0)
+    model, x, t = nn.Linear(4, 3), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    hook, waits = npl.LossHook(curvature="hessian", damping=0.1), []
+    for _ in range(3):
+        with Recorder() as recorder:
+            hook(F.cross_entropy(model(x), t))
+        waits.append(sum(any(name in op for name in WAITS) for op in recorder.called))
+    assert waits[0] > waits[1] == waits[2]
+    assert waits[1] <= 2  # did Cholesky fail; was the Hessian zero (looked at on the CPU alone)

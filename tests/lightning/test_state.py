@@ -48,6 +48,15 @@ def test_the_state_is_plain_and_loads_with_weights_only(pl: Any, tmp_path: Path)
     assert any(isinstance(v, Tensor) for rule in state["hook"]["rules"].values() for v in _leaves(rule))
 
 
+def test_a_subclass_has_a_state_of_its_own() -> None:
+    class Mine(NewtonLosses):
+        """A user's own."""
+
+    assert NewtonLosses().state_key == "NewtonLosses"
+    assert Mine().state_key.endswith("Mine")
+    assert Mine(boundary="head").state_key.endswith("Mine{'boundary': 'head'}")
+
+
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [leaf for v in value.values() for leaf in _leaves(v)]
