@@ -165,8 +165,8 @@ class StepRule:
     def _check_takes_ranks(self) -> None:
         if "ranks" not in inspect.signature(self.curvature.step).parameters:
             raise ArgumentError(
-                f"curvature={self.curvature!r} cannot be averaged over processes: its step() takes no argument `ranks`. "
-                "Add it (see npl.Curvature), or pass sync=False to give each process the C of its own samples."
+                f"curvature={self.curvature!r} cannot be averaged over processes: its step() takes no argument "
+                "`ranks`. Add it (see npl.Curvature), or pass sync=False to give each process the C of its own samples."
             )
         self.takes_ranks = True
 
