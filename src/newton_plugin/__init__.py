@@ -9,6 +9,7 @@ output space and train on the quadratic surrogate. Three doors:
 """
 
 from newton_plugin import testing
+from newton_plugin._closed_form import with_hessian
 from newton_plugin._curvature import Curvature, EmpiricalFisher, SoftNormalization
 from newton_plugin._damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._errors import (
@@ -59,4 +60,5 @@ __all__ = [
     "newton_step",
     "quadratic_surrogate",
     "testing",
+    "with_hessian",
 ]

@@ -69,7 +69,7 @@ def boundaries_at(edges: Mapping[Edge, str], graph: LossGraph, already: int = 0)
         elif not graph.consumers.get(edge):
             cut.dropped.append(f"{what}: the loss does not use it directly")
         else:
-            cut.boundaries.append(make_boundary(name, edge, graph.consumers))
+            cut.boundaries.append(make_boundary(name, edge, graph))
     return cut
 
 

@@ -7,6 +7,7 @@ A rule says how C is averaged and, given the scale of C, the damping; see :class
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
 from newton_plugin._running import RunningMean
 
-__all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "resolve_damping"]
+__all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "damping_for", "resolve_damping"]
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
 _SLOW_DECAY = 0.999
@@ -138,6 +139,11 @@ class AutoDamping:
         a = self.averaging
         given = {"ratio": self.ratio, "decay": a.decay, "growth": a.growth, "floor": self.floor, "own": a.own}
         return f"AutoDamping({', '.join(f'{name}={value:g}' for name, value in given.items())})"
+
+
+def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor) -> Tensor:
+    """``rule.value(scale())``; no scale is worked out for a rule that does not look at it."""
+    return rule.value(like.new_zeros(()) if type(rule) is Tikhonov else scale())
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> float:

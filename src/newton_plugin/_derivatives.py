@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from newton_plugin._curvature import HVP
 from newton_plugin._fabric import past_fabrics_guard
 from newton_plugin._graph import Boundary, differentiable_once
 from newton_plugin._hessian import HessianUnavailable
 from newton_plugin._rows import RowLayout
 from newton_plugin._rule import StepRule
+from newton_plugin._sample_hessians import SampleHessians
 
-__all__ = ["Scaling", "hessian_products", "loss_gradients"]
+__all__ = ["Gradients", "Scaling", "hessian_products", "loss_gradients"]
 
 Scaling = Literal["mean", "sum", "per_row"]
 """How the gradient that arrives at the loss is spread over its samples."""
+
+
+@dataclass
+class Gradients:
+    """First derivatives of one loss, in the scale of ``g_i``.
+
+    Attributes:
+        gradients: per-sample gradients at each boundary, in its shape.
+        upstream: what arrives at each listened-to operation.
+        cause: why ``gradients`` cannot be differentiated again; empty if they can or if nobody asked.
+    """
+
+    gradients: list[Tensor]
+    upstream: list[Tensor | None]
+    cause: str = ""
 
 
 def loss_gradients(
@@ -26,10 +43,11 @@ def loss_gradients(
     boundaries: Sequence[Boundary],
     layouts: Sequence[RowLayout],
     scaling: Scaling,
+    listened: Sequence[Node | None],
     twice: bool,
     verified: bool = False,
-) -> tuple[list[Tensor], str]:
-    """Per-sample gradients in the shape of the outputs, and why they cannot be differentiated again.
+) -> Gradients:
+    """Per-sample gradients in the shape of the outputs, and the gradient that arrives at ``listened`` operations.
 
     The seed N (for a mean) is given to backward and not multiplied afterwards: in half precision the gradients
     of a mean underflow.
@@ -37,32 +55,43 @@ def loss_gradients(
     seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
     if loss.dtype in (torch.float16, torch.bfloat16):
         seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
+    upstream: list[Tensor | None] = [None] * len(boundaries)
     cause = ""
     try:
-        raw, changed = _differentiate(loss, seed, boundaries, twice)
+        raw, changed = _differentiate(loss, seed, boundaries, listened, upstream, twice)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         if not twice:
             raise
-        (raw, changed), cause = _differentiate(loss, seed, boundaries, False), _first_line(error)
+        (raw, changed), cause = (
+            _differentiate(loss, seed, boundaries, listened, upstream, False),
+            _first_line(error),
+        )
     if twice and not verified and changed():  # waits for the device
         cause = "a hook on the outputs changes their gradient, and would change the Hessian's columns as well"
     gradients = []
-    for value, boundary, layout in zip(raw, boundaries, layouts, strict=True):
+    for k, (value, boundary, layout) in enumerate(zip(raw, boundaries, layouts, strict=True)):
+        factor = layout.rows / seed if scaling == "mean" and layout.rows != seed else 1.0
         if value is None:
             gradients.append(torch.zeros(boundary.shape, dtype=boundary.dtype, device=boundary.device))
-        elif scaling == "mean" and layout.rows != seed:
-            gradients.append(value * (layout.rows / seed))
         else:
-            gradients.append(value)
-    return gradients, cause
+            gradients.append(value if factor == 1 else value * factor)
+        arrived = upstream[k]
+        if arrived is not None and factor != 1:
+            upstream[k] = arrived * factor
+    return Gradients(gradients, upstream, cause)
 
 
 def _differentiate(
-    loss: Tensor, seed: float, boundaries: Sequence[Boundary], create_graph: bool
+    loss: Tensor,
+    seed: float,
+    boundaries: Sequence[Boundary],
+    listened: Sequence[Node | None],
+    upstream: list[Tensor | None],
+    create_graph: bool,
 ) -> tuple[list[Tensor | None], Callable[[], bool]]:
-    """``seed * d loss / d boundary``, as the loss's own operations send it.
+    """``seed * d loss / d boundary``, as the loss's own operations send it; fills ``upstream``.
 
     What autograd returns for the boundary has passed the hooks that the user may have put on that tensor (they fire in
     any backward pass). Those belong below the loss, and get the step; so the gradient is taken before they see it.
@@ -81,11 +110,18 @@ def _differentiate(
 
         return hook
 
+    def hear(which: int) -> Callable[[Any, Any], None]:
+        def hook(_: Any, grad_outputs: tuple[Tensor | None, ...]) -> None:
+            upstream[which] = grad_outputs[0]
+
+        return hook
+
     handles = [
         node.register_hook(listen(which, positions))
         for which, boundary in enumerate(boundaries)
         for node, positions in boundary.consumers
     ]
+    handles += [node.register_hook(hear(which)) for which, node in enumerate(listened) if node is not None]
     try:
         with torch.enable_grad(), past_fabrics_guard():
             returned = torch.autograd.grad(
@@ -107,7 +143,11 @@ def _differentiate(
     return [r if s is None else s for r, s in zip(returned, sent, strict=True)], changed
 
 
-def hessian_products(gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str) -> HVP:
+def hessian_products(
+    gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str
+) -> SampleHessians:
+    """Products by differentiating ``gradient`` again."""
+
     def run(probes: Tensor, batched: bool) -> Tensor:
         with past_fabrics_guard():
             (product,) = torch.autograd.grad(
@@ -142,7 +182,7 @@ def hessian_products(gradient: Tensor, boundary: Boundary, layout: RowLayout, ru
             raise HessianUnavailable(_first_line(error)) from error
         return layout.to_rows(products).to(vectors)
 
-    return hvp
+    return SampleHessians(hvp)
 
 
 def _first_line(error: Exception) -> str:

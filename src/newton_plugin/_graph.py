@@ -28,7 +28,9 @@ __all__ = [
     "is_leaf",
     "is_output_of_fsdp1",
     "is_preconditioned",
+    "known_hessian",
     "make_boundary",
+    "mark_hessian",
     "mark_preconditioned",
     "on_one_path",
     "operation",
@@ -40,6 +42,7 @@ Edge = tuple[Node, int]
 Consumers = dict[Edge, list[tuple[Node, int]]]
 
 _MARK = "newton_plugin"
+_HESSIAN = "newton_plugin_hessian"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Boundary:
         edge: the outputs, as an input for ``torch.autograd.grad``.
         shape, dtype, device: of the outputs.
         consumers: the operations of the loss that use the outputs, each with the positions among its inputs.
+        certain: whether each consumer is certain to send a gradient in every backward pass that reaches the outputs.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Boundary:
     dtype: torch.dtype
     device: torch.device
     consumers: tuple[tuple[Node, tuple[int, ...]], ...]
+    certain: bool
 
 
 @dataclass
@@ -153,11 +158,11 @@ def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
     return found
 
 
-def make_boundary(name: str, edge: Edge, consumers: Consumers) -> Boundary:
+def make_boundary(name: str, edge: Edge, graph: LossGraph) -> Boundary:
     """Gather what is known of an edge."""
     metadata = edge_metadata(edge)
     grouped: dict[Node, list[int]] = {}
-    for node, position in consumers.get(edge, ()):
+    for node, position in graph.consumers.get(edge, ()):
         grouped.setdefault(node, []).append(position)
     return Boundary(
         name,
@@ -166,7 +171,14 @@ def make_boundary(name: str, edge: Edge, consumers: Consumers) -> Boundary:
         metadata.dtype,
         torch.device(metadata.device),
         tuple((node, tuple(positions)) for node, positions in grouped.items()),
+        len(grouped) == 1 or all(_always_sends(node.name()) for node in graph.nodes),
     )
+
+
+@functools.cache
+def _always_sends(name: str) -> bool:
+    """Torch's own operations do; a Function of the user's, and torch's second derivatives, may send None."""
+    return name[-1:].isdigit() and "BackwardBackward" not in name
 
 
 def is_output_of_fsdp1(edge: Edge) -> bool:
@@ -207,6 +219,16 @@ def preconditioned_edges(node: Node) -> frozenset[Edge]:
 def is_preconditioned(node: Node) -> bool:
     """Whether :func:`mark_preconditioned` was here."""
     return bool(preconditioned_edges(node))
+
+
+def mark_hessian(node: Node, edge: Edge, blocks: Callable[[], Tensor]) -> None:
+    """Note on a loss's node that ``blocks()`` is its Hessian with respect to the tensor behind ``edge``."""
+    _metadata(node)[_HESSIAN] = (edge, blocks)
+
+
+def known_hessian(node: Node) -> tuple[Edge, Callable[[], Tensor]] | None:
+    """What :func:`mark_hessian` has noted."""
+    return _metadata(node).get(_HESSIAN)
 
 
 def on_one_path(edge: Edge, others: Iterable[Edge]) -> bool:

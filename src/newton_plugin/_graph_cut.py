@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from newton_plugin._boundary import Cut, boundaries_at, describe
-from newton_plugin._graph import Edge, LossGraph, children, edge_shape, explore, is_leaf, operation
+from newton_plugin._graph import Edge, LossGraph, children, edge_shape, explore, is_leaf, known_hessian, operation
 
 __all__ = ["GraphCut"]
 
@@ -187,11 +187,14 @@ def _towards_loss(named: Mapping[Edge, str], graph: LossGraph, turned: list[str]
     """Move each edge over the operations that only reshape, cast, or stack it with other edges; note in ``turned``
     where features changed places, as no graph tells whether the model or the loss wanted that."""
     edges = dict(named)
+    # A loss that brings its own Hessian says where it begins.
+    pinned = {known[0] for known in map(known_hessian, graph.nodes) if known is not None}
     moved = True
     while moved:
         moved = False
         for edge, name in list(edges.items()):
-            after, joined = _next_edge(edge, edges, graph) if edge in edges else (None, ())
+            stays = edge in pinned or edge not in edges
+            after, joined = (None, ()) if stays else _next_edge(edge, edges, graph)
             if after is None:
                 continue
             for child in joined:

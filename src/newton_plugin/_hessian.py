@@ -1,42 +1,69 @@
-"""The Hessian of the loss with respect to the outputs, from m Hessian-vector products shared by the batch.
+"""The Hessian of the loss with respect to the outputs, in whatever form is affordable.
 
-The samples of a batch do not interact in the loss, so the Hessian of the whole-batch loss is block diagonal
-and *one* product with the probe ``(e_j, e_j, ..., e_j)`` gives column j of every sample's block. m probes
-give all blocks, through class weights, ``ignore_index`` and unreduced losses alike, with no per-sample loop.
+================  ===========================================  ==================================================
+structure         small outputs                                large outputs
+================  ===========================================  ==================================================
+"mean"            m products, dense C (m <= 1,024)             a sketch: 32 products; cross-entropy and other
+                                                               diagonal-plus-rank-one losses: Woodbury, no product
+"per_sample"      m products, dense H_i (m <= 128)             Lanczos in lockstep, 5 to 33 products; diagonal plus
+                                                               rank one: Sherman and Morrison, no product
+"block"           m products, one dense C for each position    refused beyond 2 GiB
+"diagonal",       m products (m <= 256)                        8 products (Hutchinson)
+"isotropic"
+================  ===========================================  ==================================================
 
-Where that reasoning fails it is noticed: a probe with random signs per sample detects a loss that couples
-samples, and a Hessian that does not exist (or is zero, as for piecewise linear losses) hands over to Fisher.
+A product is one of the whole batch, H_i v_i for every sample. Losses whose Hessians are known
+(:class:`newton_plugin._sample_hessians.SampleHessians`) need none in any row.
+
+Where the reasoning fails that makes one product serve all samples, it is noticed: a probe with random signs per sample
+detects a loss that couples samples, and a Hessian that does not exist (or is zero, as for piecewise linear losses)
+hands over to Fisher.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from newton_plugin._curvature import (
+    DENSE_FEATURES,
     HVP,
     STRUCTURES,
     CurvatureStep,
     EmpiricalFisher,
     Structure,
+    batch_fisher,
+    check_groups,
     check_power,
-    dense_extremes,
-    isotropic_step,
+    describe,
+    form_is_dense,
 )
-from newton_plugin._damping import Damping
+from newton_plugin._damping import Damping, damping_for
 from newton_plugin._errors import BatchCoupledError, NewtonPluginError, OutputsTooLargeError, check_choice
+from newton_plugin._forms import Dense, Diagonal, Form, Isotropic
+from newton_plugin._hessian_samples import PER_SAMPLE_FEATURES, per_sample_step, probe_samples
+from newton_plugin._hessian_sums import DirectForms, dense_sum, diagonal_sum, probe_sum, trace_sum
+from newton_plugin._independence import COUPLED, samples_are_independent
+from newton_plugin._kept import Kept, check_refresh_every
+from newton_plugin._krylov import KrylovOptions, check_krylov
+from newton_plugin._low_rank import DiagonalLowRank, rank_one
+from newton_plugin._memory import refuse_beyond
 from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._running import RunningMean
-from newton_plugin._solve import eigenvalue_scale, finite_or_identity, solve_indefinite, solve_power
+from newton_plugin._sample_hessians import DiagonalRankOne
+from newton_plugin._sketch import probes_for, sketch
 
 __all__ = ["AutoCurvature", "Hessian", "HessianUnavailable"]
 
-MAX_BYTES = 2 * 1024**3
-_CHUNK_ELEMENTS = 2**24  # of (K, N, m), probes taken at once
-_COUPLED = "the loss couples the samples of a batch, so per-sample Hessians do not exist"
-_AUTO_FEATURES = 256  # above this "auto" does not spend m probes a step
+_LOGGER = logging.getLogger("newton_plugin")
+
+AUTO_FEATURES = 256  # above this "auto" does not spend m products a step
+FORMED_FEATURES = 1024  # up to here the mean Hessian is formed by m products; above, it is sketched
+
+_KNOWN_DIAGONAL, _KNOWN, _PRODUCTS, _NONE, _REFUSED = range(5)  # what a rank has, best first
 
 
 class HessianUnavailable(NewtonPluginError, RuntimeError):
@@ -47,116 +74,176 @@ class Hessian:
     """``C = 1/N sum_i H_i``, the second derivatives of the loss; repaired where indefinite.
 
     Args:
-        structure: "mean", "per_sample" or "isotropic".
+        structure: "mean", "per_sample", "isotropic", "diagonal" or "block".
         power: 1, or 0.5 for ``(C + d I)^-1/2 g``.
+        refresh_every: steps for which C and its factorisation are used, and between which the loss is not
+            differentiated twice; 1: C is new at every step.
+        tolerance: where a per-sample system is solved from Hessian-vector products, the norm of the residual against
+            that of the gradient.
+        products: most Hessian-vector products of such a step.
 
     Raises:
         BatchCoupledError: at the first step, if the loss mixes samples of the batch.
-        OutputsTooLargeError: at a step whose dense C would take more than 2 GiB.
+        OutputsTooLargeError: at a step whose dense matrices, or Krylov spaces, would take more than 2 GiB.
 
     A zero or unavailable Hessian falls back to :class:`EmpiricalFisher` of the same structure, and says so.
     """
 
     needs_hessian = True
 
-    def __init__(self, structure: Structure = "mean", power: float = 1) -> None:
+    def __init__(
+        self,
+        structure: Structure = "mean",
+        power: float = 1,
+        refresh_every: int = 1,
+        tolerance: float = KrylovOptions.tolerance,
+        products: int = KrylovOptions.most,
+    ) -> None:
         check_choice("structure", structure, STRUCTURES)
         self.structure: Structure = structure
         self.power = check_power(power)
+        self.refresh_every = check_refresh_every(refresh_every, structure)
+        self.krylov = check_krylov(tolerance, products)
         self._mean = RunningMean()
-        self._fisher = EmpiricalFisher(structure, power)
+        self._fisher = EmpiricalFisher(structure, power, refresh_every)
+        self._kept = Kept(self.refresh_every, self.power)
         self._independent = False
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(structure={self.structure!r}, power={self.power:g})"
+        return describe(self)
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
+    def wants_hessian(self, features: int | None = None) -> bool:
+        """Whether the next step uses second derivatives; False between refreshes."""
+        return self._kept.due
+
+    def step(
+        self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS, groups: int = 1
+    ) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
-        c, reason, refusal = self._try(hvp, gradient)
-        worst = ranks.worst(2 if refusal else 1 if c is None else 0)
-        if worst == 2:
-            raise refusal or BatchCoupledError("another rank refuses the Hessian of its part of the batch; see there.")
-        if worst == 1 or c is None:
-            return self._fall_back(gradient, damping, reason or "there is none on another rank", ranks)
-        if self.structure == "per_sample":
-            zero = ranks.all((c == 0).all())
-        else:
-            c = ranks.mean(c, gradient.shape[0])
-            zero = (c == 0).all()
-        if not (ranks.many and not bool(zero)):  # several ranks look first: the substitute is another all-reduce
-            c = torch.where(zero, _fisher_like(c, gradient, ranks), c)
-        return self._solve(c, gradient, damping, zero, ranks)
-
-    def _try(self, hvp: HVP | None, gradient: Tensor) -> tuple[Tensor | None, str, NewtonPluginError | None]:
-        """This rank's sum of Hessians; or why there is none; or the error that refuses it."""
         n, m = gradient.shape
-        if hvp is None:
-            return None, "no Hessian-vector product was given", None
-        try:
-            refuse_if_too_large(n, m, self.structure)
-            if not self._independent:
-                self._independent = samples_are_independent(hvp, gradient)
-            return self._form(hvp, gradient), "", None
-        except HessianUnavailable as error:
-            return None, str(error), None
-        except (BatchCoupledError, OutputsTooLargeError) as error:
-            return None, "", error
+        if self.structure != "block":
+            groups = 1
+        check_groups(n, groups)
+        if not self._kept.due and self._kept.fits(m, groups):
+            return self._from_kept(gradient, None)
+        forms, probed, reason, refusal = self._try(hvp, gradient, groups)
+        if hvp is None and self._kept.form is not None:
+            reason = "the C that is kept is of outputs of another shape"
+        worst = ranks.worst(_REFUSED if refusal else _NONE if forms is None else _kind(forms))
+        if worst == _REFUSED:
+            raise refusal or BatchCoupledError("another rank refuses the Hessian of its part of the batch; see there.")
+        if worst == _NONE or forms is None:
+            return self._fall_back(gradient, damping, reason or "there is none on another rank", ranks, groups)
+        if self.structure == "per_sample":
+            return per_sample_step(forms, probed, gradient, damping, self.power, self.krylov, self._mean, ranks)
+        if self.structure == "mean" and worst == _KNOWN and not form_is_dense(n, m, damping, ranks):
+            assert forms.diagonal_rank_one is not None
+            form, finite, zero = self._low_rank(forms.diagonal_rank_one, gradient, damping, ranks)
+        elif self.structure == "mean" and worst == _KNOWN_DIAGONAL and m > DENSE_FEATURES:
+            form, finite, zero = self._average(diagonal_sum(forms, gradient), Diagonal, gradient, damping, ranks, 1)
+        elif self.structure == "mean" and worst == _PRODUCTS and m > FORMED_FEATURES:
+            y = ranks.mean(probe_sum(forms, gradient, probes_for(gradient)) if probed is None else probed, n)
+            zero = (y == 0).all()
+            if bool(zero):
+                return self._substitute(gradient, damping, zero, ranks)
+            average = damping.averaging
+            y = self._mean.update(y, average.decay, average.growth)
+            form, finite = sketch(probes_for(gradient), y), self._mean.finite
+        else:
+            total = self._sum(forms, gradient, groups) if probed is None else probed
+            kind = {"isotropic": Isotropic, "diagonal": Diagonal}.get(self.structure, Dense)
+            form, finite, zero = self._average(total, kind, gradient, damping, ranks, groups)
+        self._kept.put(form, damping_for(damping, form.scale, gradient), finite, m, groups)
+        return self._from_kept(gradient, zero)
 
-    def _fall_back(self, gradient: Tensor, damping: Damping, reason: str, ranks: Ranks) -> CurvatureStep:
+    def _try(
+        self, hvp: HVP | None, gradient: Tensor, groups: int
+    ) -> tuple[DirectForms | None, Tensor | None, str, NewtonPluginError | None]:
+        """This rank's Hessians, and what their products are needed for; or why there are none; or what refuses them."""
+        if hvp is None:
+            return None, None, "no Hessian-vector product was given", None
+        try:
+            refuse_if_too_large(hvp, gradient, self.structure, groups, self.krylov)
+            if not self._independent:
+                self._independent = getattr(hvp, "independent", False) or samples_are_independent(hvp, gradient)
+            forms = DirectForms.of(hvp, gradient)
+            return forms, None if forms.known else self._sum(forms, gradient, groups), "", None
+        except HessianUnavailable as error:
+            return None, None, str(error), None
+        except (BatchCoupledError, OutputsTooLargeError) as error:
+            return None, None, "", error
+
+    def _sum(self, forms: DirectForms, gradient: Tensor, groups: int) -> Tensor:
+        """What is added over samples and ranks."""
+        m = gradient.shape[1]
+        if self.structure == "per_sample":
+            return probe_samples(forms, gradient)
+        if self.structure == "isotropic":
+            return trace_sum(forms, gradient) / m
+        if self.structure == "diagonal":
+            return diagonal_sum(forms, gradient)
+        if self.structure == "mean" and m > FORMED_FEATURES:
+            return probe_sum(forms, gradient, probes_for(gradient))
+        return dense_sum(forms, gradient, groups)
+
+    def _average(
+        self, total: Tensor, kind: type, gradient: Tensor, damping: Damping, ranks: Ranks, groups: int
+    ) -> tuple[Form, Tensor | None, Tensor]:
+        """The running mean of the batches' means; the batch's Fisher in place of a Hessian that is zero."""
+        c = ranks.mean(total, gradient.shape[0] // groups)
+        zero = (c == 0).all()
+        # Several ranks look first: the substitute is another all-reduce. So do large C, whose substitute is work.
+        look = ranks.many or (c.ndim > 1 and gradient.shape[1] > DENSE_FEATURES)
+        if not (look and not bool(zero)):
+            c = torch.where(zero, batch_fisher(gradient, ranks, groups, c.ndim), c)
+        average = damping.averaging
+        return kind(self._mean.update(c, average.decay, average.growth)), self._mean.finite, zero
+
+    def _low_rank(
+        self, form: DiagonalRankOne, gradient: Tensor, damping: Damping, ranks: Ranks
+    ) -> tuple[Form, Tensor, Tensor]:
+        """``diag(mean D) - Q' Q``, rescaled to the running mean of its scale, as Fisher's N x N way."""
+        weight, vector = rank_one(form)
+        n, m = gradient.shape
+        diagonal = ranks.mean(form.diagonal.expand(n, m).sum(0), n)
+        rows, _ = ranks.rows(vector)
+        weight = ranks.rows(weight.unsqueeze(-1))[0].squeeze(-1) if ranks.many else weight
+        norms = weight.abs() * torch.linalg.vecdot(rows, rows)
+        finite = torch.isfinite(diagonal).all() & torch.isfinite(norms).all()
+        zero = (diagonal == 0).all() & (norms == 0).all()
+        factor = diagonal.new_full((), -1.0)
+        if bool(zero):  # the batch's Fisher in its place
+            rows, weight, factor = ranks.rows(gradient)[0], torch.ones_like(weight), -factor
+        c = DiagonalLowRank(diagonal, rows, (weight / len(rows)).sqrt(), factor)
+        average = damping.averaging
+        if average.decay == 0:
+            return c, finite, zero
+        own = c.scale()
+        ratio = torch.where(own > 0, self._mean.update(own, average.decay, average.growth) / own, 1.0)
+        return DiagonalLowRank(diagonal * ratio, rows, c.roots, factor * ratio), finite, zero
+
+    def _substitute(self, gradient: Tensor, damping: Damping, zero: Tensor, ranks: Ranks) -> CurvatureStep:
         result = self._fisher.step(gradient, None, damping, ranks)
+        result.zero_hessian = zero
+        return result
+
+    def _from_kept(self, gradient: Tensor, zero: Tensor | None) -> CurvatureStep:
+        step, form, d = self._kept.solve(gradient)
+        return CurvatureStep(step, d, form.matrix, form.extremes, zero_hessian=zero, finite=self._kept.finite)
+
+    def _fall_back(self, gradient: Tensor, damping: Damping, reason: str, ranks: Ranks, groups: int) -> CurvatureStep:
+        result = self._fisher.step(gradient, None, damping, ranks, groups)
         result.fallback = reason
         return result
 
-    def _form(self, hvp: HVP, gradient: Tensor) -> Tensor:
-        """The samples' own H (N, m, m), or by structure their sum (m, m), or ``tr / m`` of that."""
-        n, m = gradient.shape
-        basis = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
-        probes = max(1, _CHUNK_ELEMENTS // max(1, n * m))
-        parts = []
-        for first in range(0, m, probes):
-            chunk = basis[first : first + probes]
-            products = hvp(chunk.unsqueeze(1).expand(-1, n, -1)) if n else gradient.new_zeros(len(chunk), 0, m)
-            if self.structure == "per_sample":
-                parts.append(products)
-            elif self.structure == "mean":
-                parts.append(products.sum(1))
-            else:
-                parts.append((products.sum(1) * chunk).sum(-1))
-        c = torch.cat(parts)
-        if self.structure == "isotropic":
-            return c.mean()
-        c = c.movedim(0, -2)
-        return (c + c.mT) / 2
-
-    def _solve(self, c: Tensor, gradient: Tensor, damping: Damping, zero: Tensor, ranks: Ranks) -> CurvatureStep:
-        average = damping.averaging
-        if self.structure == "per_sample":
-            finite = torch.isfinite(c).all()
-            c = finite_or_identity(c)
-            scale = ranks.mean(eigenvalue_scale(c).sum(), gradient.shape[0])
-            d = damping.value(self._mean.update(scale, average.decay, average.growth))
-            solved = self._dense(c, d, gradient)
-            return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero, finite=finite)
-        c = self._mean.update(c, average.decay, average.growth)
-        if self.structure == "isotropic":
-            d = damping.value(c.abs())
-            solved = isotropic_step(c, d, gradient, self.power)
-            return CurvatureStep(solved, d, c, lambda: (c, c), zero_hessian=zero, finite=self._mean.finite)
-        d = damping.value(eigenvalue_scale(c))
-        solved = self._dense(c, d, gradient)
-        return CurvatureStep(solved, d, c, lambda: dense_extremes(c), zero_hessian=zero, finite=self._mean.finite)
-
-    def _dense(self, c: Tensor, d: Tensor, gradient: Tensor) -> Tensor:
-        if self.power == 1:
-            return solve_indefinite(c, d, gradient)
-        return solve_power(c, d, gradient, self.power)
-
     def state_dict(self) -> dict[str, Any]:
-        """The running means of C and of the Fisher that may take its place."""
+        """The running means of C and of the Fisher that may take its place, and the C that is kept."""
+        kept = self._kept.state_dict()
         return {
             "mean": self._mean.state_dict(),
             "fisher": self._fisher.state_dict(),
             "independent": self._independent,
+            **({"kept": kept} if kept else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,82 +251,80 @@ class Hessian:
         self._mean.load_state_dict(state["mean"])
         self._fisher.load_state_dict(state["fisher"])
         self._independent = state["independent"]
+        self._kept.load_state_dict(state.get("kept", {}))
+
+
+def _kind(forms: DirectForms) -> int:
+    form = forms.diagonal_rank_one
+    if form is None:
+        return _PRODUCTS
+    if form.weight is None:
+        return _KNOWN_DIAGONAL
+    # A negative weight has no square root; looked at where Woodbury could be used, which waits for the device anyway.
+    if forms.m > DENSE_FEATURES and bool((form.weight < 0).any()):
+        return _PRODUCTS
+    return _KNOWN
+
+
+def refuse_if_too_large(hvp: HVP, gradient: Tensor, structure: Structure, groups: int, krylov: KrylovOptions) -> None:
+    """Raise :class:`OutputsTooLargeError` before allocating what does not fit."""
+    n, m = gradient.shape
+    asked = f"curvature='hessian' with structure={structure!r} and outputs of {m} features (N = {n})"
+    instead = "Use {}curvature='fisher' (O(N m) memory) or 'norm', or name fewer features by feature_dims."
+    if getattr(hvp, "diagonal_rank_one", None) is None and getattr(hvp, "blocks", None) is not None:
+        refuse_beyond(n * m * m, asked, "a dense C", instead.format(""))
+    elif structure == "block":
+        refuse_beyond(groups * m * m, asked, "a dense C", instead.format("structure='mean' or 'diagonal', "))
+    elif structure == "per_sample" and m > PER_SAMPLE_FEATURES and getattr(hvp, "diagonal_rank_one", None) is None:
+        what = f"Krylov spaces of {krylov.most} products"
+        refuse_beyond((krylov.most + 6) * n * m, asked, what, instead.format("npl.Hessian(..., products=8), "))
+    elif structure == "per_sample" and m <= PER_SAMPLE_FEATURES:
+        refuse_beyond(n * m * m, asked, "a dense C", instead.format(""))
 
 
 class AutoCurvature(Hessian):
-    """The Hessian where it exists and is cheap (m <= 256, samples independent), Fisher elsewhere.
+    """The Hessian where it exists and is cheap, Fisher elsewhere.
 
-    What was chosen, and why, is reported once as the step's ``fallback``.
+    Cheap is a Hessian that is known without products (cross-entropy, squared errors, the sorting losses), at any m;
+    and one from m products up to ``AUTO_FEATURES``. What was chosen, and why, is logged once ("newton_plugin", INFO);
+    a choice of Fisher is also the step's ``fallback``.
     """
 
-    def __init__(self, structure: Structure = "mean", power: float = 1) -> None:
-        super().__init__(structure, power)
+    def __init__(self, structure: Structure = "mean", power: float = 1, refresh_every: int = 1) -> None:
+        super().__init__(structure, power, refresh_every)
         self._coupled = False
+        self._chosen = ""
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
+    def wants_hessian(self, features: int | None = None) -> bool:
+        """Whether the next step would use Hessian-vector products of outputs of so many features."""
+        affordable = features is None or features <= AUTO_FEATURES
+        return super().wants_hessian(features) and affordable and not self._coupled
+
+    def step(
+        self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS, groups: int = 1
+    ) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
         m = gradient.shape[1]
-        if m > _AUTO_FEATURES:
+        known = getattr(hvp, "diagonal_rank_one", None) is not None or getattr(hvp, "blocks", None) is not None
+        if not self._kept.due and self._kept.fits(m, groups if self.structure == "block" else 1):
+            return self._from_kept(gradient, None)
+        if m > AUTO_FEATURES and ranks.worst(0 if known else 1):
             reason = f"{m} features would take {m} Hessian-vector products a step"
-            return self._fall_back(gradient, damping, reason, ranks)
-        if self._coupled:  # known: no second probe
-            return self._fall_back(gradient, damping, _COUPLED, ranks)
-        try:
-            return super().step(gradient, hvp, damping, ranks)
-        except BatchCoupledError:
-            self._coupled = True
-            return self._fall_back(gradient, damping, _COUPLED, ranks)
-        except OutputsTooLargeError as error:
-            return self._fall_back(gradient, damping, str(error), ranks)
+        elif self._coupled:  # known: no second probe
+            reason = COUPLED
+        else:
+            try:
+                result = super().step(gradient, hvp, damping, ranks, groups)
+                self._log(result.fallback or f"the Hessian, {'in closed form' if known else f'from {m} products'}")
+                return result
+            except BatchCoupledError:
+                self._coupled, reason = True, COUPLED
+            except OutputsTooLargeError as error:
+                reason = str(error)
+        self._log(reason)
+        return self._fall_back(gradient, damping, reason, ranks, groups if self.structure == "block" else 1)
 
-
-def refuse_if_too_large(n: int, m: int, structure: Structure) -> None:
-    """Raise :class:`OutputsTooLargeError` before allocating a dense C beyond ``MAX_BYTES``."""
-    matrices = {"per_sample": n, "mean": 1, "isotropic": 0}[structure]
-    needed = 8 * m * m * max(matrices, 1)
-    if needed > MAX_BYTES:
-        raise OutputsTooLargeError(
-            f"curvature='hessian' with structure={structure!r} and outputs of {m} features (N = {n}) needs a "
-            f"dense C of {needed / 1024**3:.1f} GiB, more than the limit of {MAX_BYTES / 1024**3:.0f} GiB. "
-            "Use curvature='fisher' (O(N m) memory) or 'norm', or name fewer features by feature_dims."
-        )
-
-
-def samples_are_independent(hvp: HVP, gradient: Tensor) -> bool:
-    """True if H is block diagonal over samples; raise if it is not; False if that cannot be told yet.
-
-    For independent samples ``H (s * u) = s * (H u)`` for any sign s_i per sample; where sample i's gradient
-    depends on sample j's output the two differ (with probability one over u).
-
-    Raises:
-        BatchCoupledError: the loss couples samples.
-    """
-    n, m = gradient.shape
-    if n < 2:
-        return False
-    # A generator of its own: the user's random state is not touched.
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(n, m, generator=generator, dtype=torch.float64).to(gradient)
-    signs = (torch.arange(n) % 2 * 2.0 - 1)[torch.randperm(n, generator=generator)].to(gradient).unsqueeze(1)
-    together, signed = hvp(torch.stack([u, signs * u]))
-    error, size = (signed - signs * together).norm(), together.norm()
-    if not bool(torch.isfinite(error)) or not bool(size > 0):
-        return False
-    if bool(error > 1e-3 * size):
-        raise BatchCoupledError(
-            f"{_COUPLED} (a Hessian-vector product with random signs per sample "
-            f"differs by {float(error / size):.1e} relative). "
-            "Use curvature='fisher' or 'norm', or 'auto', which chooses Fisher here. If each sample is "
-            "several rows of the outputs, name the feature dimensions by feature_dims."
-        )
-    return True
-
-
-def _fisher_like(c: Tensor, gradient: Tensor, ranks: Ranks) -> Tensor:
-    """The batch's Fisher in the shape of c: what takes the place of a Hessian that is zero."""
-    n, m = gradient.shape
-    if c.ndim == 0:
-        return ranks.mean(gradient.square().sum() / m, n)
-    if c.ndim == 2:
-        return ranks.mean(gradient.mT @ gradient, n)
-    return gradient.unsqueeze(-1) * gradient.unsqueeze(-2)
+    def _log(self, choice: str) -> None:
+        if choice != self._chosen:
+            self._chosen = choice
+            _LOGGER.info("curvature='auto': %s", choice)

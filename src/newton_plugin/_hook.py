@@ -54,7 +54,8 @@ class LossHook:
     Args:
         curvature: "fisher", "hessian", "norm", "auto", or an instance.
         damping: a positive number (Tikhonov, in units of C), "auto", or an instance.
-        structure: "mean", "per_sample" or "isotropic".
+        structure: how much of C is kept: "mean", "per_sample", "isotropic", "diagonal" or "block" (one matrix for each
+            position of a sequence or an image; needs ``feature_dims``).
         power: 1, or 0.5.
         reduction: whether the loss is the "mean" or the "sum" over the samples.
         boundary: "auto" finds the outputs in the autograd graph; otherwise the name of a submodule (its
@@ -179,7 +180,8 @@ class LossHook:
         if stepped and not self._names:
             return loss  # wrapped by newton_loss, or hooked before
         cut = self._find_together(loss)
-        cut.boundaries = [b for b in cut.boundaries if not on_one_path((b.edge.node, b.edge.output_nr), stepped)]
+        if stepped:
+            cut.boundaries = [b for b in cut.boundaries if not on_one_path((b.edge.node, b.edge.output_nr), stepped)]
         if cut.boundaries:
             self._used = self._rules_of(cut.boundaries, name)
             precondition(loss, cut.boundaries, self._used, self._settings)
@@ -269,7 +271,7 @@ class LossHook:
         return self._rules[key]
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers about the last step; waits for the device, so call it when you log.
+        """Numbers about the last step that a backward pass has taken; waits for the device, so call it when you log.
 
         Returns:
             "gradient_norm" and "step_norm" (root mean square over the samples), "eig_min" and "eig_max" of C,

@@ -4,24 +4,32 @@ Both doors of the package meet here: a wrapped loss function and a hooked loss t
 evaluated, the same live graph. Differentiating *that* graph, and not a second evaluation of a function, keeps
 dropout masks and random samples the same in value, gradient and Hessian, and asks nothing of the loss but that
 autograd can differentiate it.
+
+When? A rule that needs no more than the loss's own gradient (Fisher; a Hessian in closed form) takes it from the
+ordinary backward pass as that goes by, and differentiates nothing itself (:class:`_InBackward`). Everything else is
+computed at once, by a pass over the loss of its own: second derivatives, several processes (collectives inside a
+backward pass might meet those of DDP in different orders), half precision (a seed of our own keeps gradients from
+underflowing), losses of one number for each sample (whose weights may be zero), and ``on_nonfinite="raise"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature import HVP
+from newton_plugin._closed_form import Form, find_form
 from newton_plugin._derivatives import Scaling, hessian_products, loss_gradients
 from newton_plugin._errors import ShapeError
 from newton_plugin._graph import Boundary, mark_preconditioned
 from newton_plugin._ranks import current_ranks
 from newton_plugin._rows import RowLayout
 from newton_plugin._rule import RuleSettings, StepRule
-from newton_plugin._surrogate import splice
+from newton_plugin._solve import working_dtype
+from newton_plugin._surrogate import Sender, splice
 
 __all__ = ["BoundaryStep", "precondition", "take_steps"]
 
@@ -42,52 +50,171 @@ class BoundaryStep:
 
 
 def take_steps(
-    loss: Tensor,
-    boundaries: Sequence[Boundary],
-    rules: Sequence[StepRule],
-    settings: RuleSettings,
-    hvp: HVP | None = None,
+    loss: Tensor, boundaries: Sequence[Boundary], rules: Sequence[StepRule], settings: RuleSettings
 ) -> tuple[list[BoundaryStep], Scaling]:
-    """The Newton step at each boundary of a live loss.
+    """The Newton step at each boundary of a live loss, at once.
 
     Args:
         loss: one number, or one for each row of a single boundary (an unreduced loss).
         boundaries: where outputs meet the loss; each gets a curvature of its own.
         rules: one for each boundary.
         settings: reduction and feature dimensions.
-        hvp: a closed form for the Hessian of a single boundary, in place of double backward.
     """
     layouts = [RowLayout(b.shape, settings.features) for b in boundaries]
+    sources = _sources(loss, boundaries, layouts, rules)
+    return _take_steps(loss, boundaries, layouts, sources, rules, settings)
+
+
+def precondition(
+    loss: Tensor, boundaries: Sequence[Boundary], rules: Sequence[StepRule], settings: RuleSettings
+) -> None:
+    """Make every backward pass through ``loss`` send the Newton step at each boundary; see :func:`take_steps`."""
+    assert loss.grad_fn is not None
+    layouts = [RowLayout(b.shape, settings.features) for b in boundaries]
+    sources = _sources(loss, boundaries, layouts, rules)
+    if "products" not in sources and _can_wait(loss, boundaries, layouts, settings):
+        senders: list[Sender] = []
+        for layout, source, rule in zip(layouts, sources, rules, strict=True):
+            form = source if isinstance(source, Form) else None
+            sender = _InBackward(layout, rule, settings.reduction == "mean", form)
+            if form is not None:
+                form.node.register_hook(sender.hear)
+            senders.append(sender)
+    else:
+        steps, scaling = _take_steps(loss, boundaries, layouts, sources, rules, settings)
+        senders = [_AtOnce(s.step, s.layout, scaling) for s in steps]
+    splice(loss, boundaries, senders)
+    mark_preconditioned(loss.grad_fn, [(b.edge.node, b.edge.output_nr) for b in boundaries])
+
+
+Source = Form | Literal["products"] | None
+"""Where second derivatives come from; None: nobody asks for them."""
+
+
+def _sources(
+    loss: Tensor, boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], rules: Sequence[StepRule]
+) -> list[Source]:
+    """A closed form for each boundary whose rule asks for the Hessian, if there is one."""
+    sources: list[Source] = []
+    for boundary, layout, rule in zip(boundaries, layouts, rules, strict=True):
+        wanted = rule.wants_hessian(layout.features)
+        form = None
+        if loss.grad_fn is not None and rule.takes_form(wanted):
+            form = find_form(loss.grad_fn, boundary, layout)
+        sources.append(form if form is not None or not wanted else "products")
+    return sources
+
+
+def _can_wait(
+    loss: Tensor, boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], settings: RuleSettings
+) -> bool:
+    """Whether the steps may be left to the backward pass; see the top of this file for why they may not."""
+    half = (torch.float16, torch.bfloat16)
+    return (
+        loss.ndim == 0
+        and loss.dtype not in half
+        and settings.on_nonfinite == "keep"
+        and all(b.dtype not in half and b.certain for b in boundaries)
+        and all(layout.rows for layout in layouts)
+        and not current_ranks(settings.sync).many
+    )
+
+
+def _take_steps(
+    loss: Tensor,
+    boundaries: Sequence[Boundary],
+    layouts: Sequence[RowLayout],
+    sources: Sequence[Source],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+) -> tuple[list[BoundaryStep], Scaling]:
     scaling = _scaling(loss, layouts, settings)
-    twice = settings.needs_hessian and hvp is None
     ranks = current_ranks(settings.sync)
     ranks.agree("; ".join(f"{b.name!r} with {a.features} features" for b, a in zip(boundaries, layouts, strict=True)))
     steps = []
     with torch.autocast(loss.device.type, enabled=False):
-        gradients, cause = loss_gradients(
-            loss, boundaries, layouts, scaling, twice, verified=all(rule.twice_differentiable for rule in rules)
+        found = loss_gradients(
+            loss,
+            boundaries,
+            layouts,
+            scaling,
+            [source.node if isinstance(source, Form) else None for source in sources],
+            twice="products" in sources,
+            verified=all(rule.twice_differentiable for rule in rules),
         )
-        for boundary, layout, rule, gradient in zip(boundaries, layouts, rules, gradients, strict=True):
+        for k, (boundary, layout, source, rule) in enumerate(zip(boundaries, layouts, sources, rules, strict=True)):
+            gradient, upstream = found.gradients[k], found.upstream[k]
             rows = layout.to_rows(gradient.detach())
-            product = hessian_products(gradient, boundary, layout, rule, cause) if twice else hvp
+            hessians = None
+            if source == "products":
+                hessians = hessian_products(gradient, boundary, layout, rule, found.cause)
+            elif source is not None and upstream is not None:
+                hessians = source.hessians(upstream.detach().to(working_dtype(upstream.device)))
             # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-            step = rule(rows, product, ranks).step if layout.rows or ranks.many else rows
+            step = rule(rows, hessians, ranks, layout.groups).step if layout.rows or ranks.many else rows
             steps.append(BoundaryStep(layout, rows, step))
     return steps, scaling
 
 
-def precondition(
-    loss: Tensor,
-    boundaries: Sequence[Boundary],
-    rules: Sequence[StepRule],
-    settings: RuleSettings,
-    hvp: HVP | None = None,
-) -> None:
-    """:func:`take_steps`, and make every backward pass through ``loss`` send them."""
-    steps, scaling = take_steps(loss, boundaries, rules, settings, hvp)
-    splice(loss, boundaries, [_replacement(s.step, s.layout, scaling) for s in steps])
-    assert loss.grad_fn is not None
-    mark_preconditioned(loss.grad_fn, [(b.edge.node, b.edge.output_nr) for b in boundaries])
+class _InBackward:
+    """A :class:`newton_plugin._surrogate.Sender` whose step is made of the gradient that the backward pass brings."""
+
+    def __init__(self, layout: RowLayout, rule: StepRule, mean: bool, form: Form | None) -> None:
+        self.waits = True
+        self._layout = layout
+        self._rule = rule
+        self._mean = mean
+        self._hessians = None if form is None else form.hessians
+        self._upstream: Tensor | None = None
+        self._step: Tensor | None = None
+
+    def hear(self, _: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
+        """A post-hook for the operation whose Hessian is known: what arrives at it."""
+        if self.waits and grad_outputs[0] is not None:
+            self._upstream = grad_outputs[0].detach()
+
+    def receive(self, gradient: Tensor, scale: Tensor) -> None:
+        dtype = working_dtype(gradient.device)
+        weight = _weight(scale.to(dtype), self._layout, self._mean)
+        hessians = None
+        if self._hessians is not None:
+            upstream = gradient.new_zeros(()) if self._upstream is None else self._upstream
+            hessians = self._hessians(upstream.to(dtype) / weight)
+        # A loss that somebody has multiplied by zero gives 0 / 0: not finite, so nothing is learned from this batch.
+        rows = self._layout.to_rows(gradient).to(dtype) / weight
+        self._step = self._rule(rows, hessians, groups=self._layout.groups).step
+        self.waits, self._upstream, self._hessians = False, None, None
+
+    def send(self, scale: Tensor) -> Tensor:
+        assert self._step is not None
+        weight = _weight(scale.to(self._step.dtype), self._layout, self._mean)
+        return self._layout.from_rows(torch.where(weight == 0, 0.0, self._step * weight))
+
+
+def _weight(scale: Tensor, layout: RowLayout, mean: bool) -> Tensor:
+    """What the gradient that arrives at a loss of one number is, of each sample's own."""
+    scale = scale.reshape(())
+    return scale / layout.rows if mean else scale
+
+
+class _AtOnce:
+    """A :class:`newton_plugin._surrogate.Sender` whose step is there already."""
+
+    waits = False
+
+    def __init__(self, step: Tensor, layout: RowLayout, scaling: Scaling) -> None:
+        self._step = step
+        self._layout = layout
+        self._scaling = scaling
+
+    def receive(self, gradient: Tensor, scale: Tensor) -> None:
+        """Never asked."""
+
+    def send(self, scale: Tensor) -> Tensor:
+        scale = scale.to(self._step.dtype)
+        if self._scaling == "per_row":
+            return self._layout.from_rows(self._step * scale.reshape(-1, 1))
+        return self._layout.from_rows(self._step * _weight(scale, self._layout, self._scaling == "mean"))
 
 
 def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
@@ -99,16 +226,3 @@ def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings)
         f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
         f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
     )
-
-
-def _replacement(step: Tensor, layout: RowLayout, scaling: Scaling) -> Callable[[Tensor], Tensor]:
-    """From the gradient that arrives at the loss to the gradient of the outputs."""
-
-    def replacement(scale: Tensor) -> Tensor:
-        scale = scale.to(step.dtype)
-        if scaling == "per_row":
-            return layout.from_rows(step * scale.reshape(-1, 1))
-        weight = scale.reshape(()) / layout.rows if scaling == "mean" else scale.reshape(())
-        return layout.from_rows(step * weight)
-
-    return replacement

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._closed_form import closed_form_hvp
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
 from newton_plugin._eager import eager
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._graph import explore, is_preconditioned, make_boundary
 from newton_plugin._live import precondition
-from newton_plugin._rows import RowLayout
 from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, diagnostics
 
 __all__ = ["NewtonLoss", "newton_loss"]
@@ -101,7 +99,7 @@ class NewtonLoss(nn.Module):
         graph = explore(loss.grad_fn, known.__contains__)
         boundaries = []
         for name, edge in edges.items():
-            boundary = make_boundary(name, (edge.node, edge.output_nr), graph.consumers)
+            boundary = make_boundary(name, (edge.node, edge.output_nr), graph)
             if boundary.consumers:
                 boundaries.append(boundary)
             elif not graph.preconditioned:
@@ -111,7 +109,7 @@ class NewtonLoss(nn.Module):
                 )
         if boundaries:
             rules = self._used = [self._rule(b.name) for b in boundaries]
-            precondition(loss, boundaries, rules, self._settings, self._closed_form(named, args, kwargs))
+            precondition(loss, boundaries, rules, self._settings)
         return loss
 
     def diagnostics(self) -> dict[str, float]:
@@ -126,13 +124,6 @@ class NewtonLoss(nn.Module):
         if name not in self._rules:
             self._rules[name] = self._settings.build()
         return self._rules[name]
-
-    def _closed_form(self, named: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-        if not self._settings.needs_hessian or len(named) != 1:
-            return None
-        (y,) = named.values()
-        layout = RowLayout(tuple(y.shape), self._settings.features)
-        return closed_form_hvp(self.loss_fn, y, args, kwargs, layout, self._settings.reduction)
 
     def _select(self, which: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         y = self._argument(which, args, kwargs)

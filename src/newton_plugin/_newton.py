@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._closed_form import closed_form_hvp
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
 from newton_plugin._errors import NoGradientError, check_floating
-from newton_plugin._graph import Boundary
+from newton_plugin._graph import LossGraph, explore, make_boundary
 from newton_plugin._live import take_steps
 from newton_plugin._rows import RowLayout
 from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings
@@ -94,12 +93,12 @@ def newton_step(
             "loss_fn returned a value that does not depend on outputs (no autograd graph). Does it detach them, or "
             "leave torch?"
         )
-    hvp = None
-    if settings.needs_hessian:
-        hvp = closed_form_hvp(loss_fn, y, (y, *args), kwargs, layout, reduction)
-    boundary = Boundary("outputs", edge, tuple(outputs.shape), outputs.dtype, outputs.device, ())
+    assert loss.grad_fn is not None or loss is y
+    at = (edge.node, edge.output_nr)
+    graph = explore(loss.grad_fn, at.__eq__) if loss.grad_fn is not None else LossGraph()
+    boundary = make_boundary("outputs", at, graph)
     rule = settings.build()
-    (taken,), _ = take_steps(loss, [boundary], [rule], settings, hvp)
+    (taken,), _ = take_steps(loss, [boundary], [rule], settings)
     step = layout.from_rows(taken.step.to(outputs.dtype))
     last = rule.last
     return NewtonStep(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -62,32 +63,39 @@ class RowLayout:
                     f"for outputs of shape {self.shape}."
                 )
 
-    @property
-    def _features(self) -> list[int]:
+    @cached_property
+    def feature_axes(self) -> tuple[int, ...]:
+        """The dimensions that are features, counted from the front."""
         if self.feature_dims is None:
-            return list(range(1, len(self.shape)))
-        return sorted(d % len(self.shape) for d in self.feature_dims)
+            return tuple(range(1, len(self.shape)))
+        return tuple(sorted(d % len(self.shape) for d in self.feature_dims))
 
-    @property
-    def _samples(self) -> list[int]:
-        features = self._features
-        return [d for d in range(len(self.shape)) if d not in features]
+    @cached_property
+    def sample_axes(self) -> tuple[int, ...]:
+        """The dimensions that count samples."""
+        features = self.feature_axes
+        return tuple(d for d in range(len(self.shape)) if d not in features)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """N, the number of samples."""
-        return math.prod(self.shape[d] for d in self._samples)
+        return math.prod(self.shape[d] for d in self.sample_axes)
 
-    @property
+    @cached_property
+    def groups(self) -> int:
+        """T, the rows that one entry of the first dimension makes: positions of a sequence, pixels of an image."""
+        return math.prod(self.shape[d] for d in self.sample_axes[1:])
+
+    @cached_property
     def features(self) -> int:
         """m, the number of features of a sample."""
-        return math.prod(self.shape[d] for d in self._features)
+        return math.prod(self.shape[d] for d in self.feature_axes)
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """(..., *shape) -> (..., N, m), any number of leading dimensions."""
         lead = tensor.ndim - len(self.shape)
         if self.feature_dims is not None:
-            order = [*range(lead), *(lead + d for d in self._samples), *(lead + d for d in self._features)]
+            order = [*range(lead), *(lead + d for d in self.sample_axes), *(lead + d for d in self.feature_axes)]
             tensor = tensor.permute(order)
         return tensor.reshape(*tensor.shape[:lead], self.rows, self.features)
 
@@ -96,7 +104,7 @@ class RowLayout:
         lead = rows.ndim - 2
         if self.feature_dims is None:
             return rows.reshape(*rows.shape[:lead], *self.shape)
-        order = [*self._samples, *self._features]
+        order = [*self.sample_axes, *self.feature_axes]
         tensor = rows.reshape(*rows.shape[:lead], *(self.shape[d] for d in order))
         back = [order.index(d) for d in range(len(order))]
         return tensor.permute([*range(lead), *(lead + d for d in back)])

@@ -99,13 +99,6 @@ class RuleSettings:
         )
 
     @property
-    def needs_hessian(self) -> bool:
-        """Whether the loss has to be differentiated twice."""
-        if isinstance(self.curvature, str):
-            return self.curvature in ("hessian", "auto")
-        return self.curvature.needs_hessian
-
-    @property
     def features(self) -> tuple[int, ...] | None:
         """The feature dimensions as a tuple."""
         return check_feature_dims(self.feature_dims)
@@ -142,13 +135,29 @@ class StepRule:
         """Copies and pickles keep the running state and not the last batch."""
         return {**self.__dict__, "last": None, "last_gradient": None}
 
+    def wants_hessian(self, features: int) -> bool:
+        """Whether the next step takes Hessian-vector products of outputs with so many features."""
+        wants = getattr(self.curvature, "wants_hessian", None)
+        return self.curvature.needs_hessian if wants is None else wants(features)
+
+    def takes_form(self, wanted: bool) -> bool:
+        """Whether the next step takes a Hessian in closed form; ``wanted``: what :meth:`wants_hessian` answered.
+
+        "auto" takes one even where products would be too many; a curvature that keeps its C between refreshes does not.
+        """
+        return self.curvature.needs_hessian and (wanted or getattr(self.curvature, "refresh_every", 1) == 1)
+
     @torch.no_grad()
-    def __call__(self, gradient: Tensor, hvp: HVP | None, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
-        """Rows (N, m) of any floating dtype in; the step in the working dtype out."""
+    def __call__(
+        self, gradient: Tensor, hvp: HVP | None = None, ranks: Ranks = ONE_PROCESS, groups: int = 1
+    ) -> CurvatureStep:
+        """Rows (N, m) of any floating dtype in; the step in the working dtype out. ``groups``: rows of one sample."""
         gradient = gradient.to(working_dtype(gradient.device))
         if ranks.many and not self.takes_ranks:
             self._check_takes_ranks()
-        more = {"ranks": ranks} if ranks.many else {}
+        more: dict[str, Any] = {"ranks": ranks} if ranks.many else {}
+        if getattr(self.curvature, "structure", None) == "block":
+            more["groups"] = groups
         with torch.autocast(gradient.device.type, enabled=False):
             result = self.curvature.step(gradient, hvp, self.damping, **more)
         fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()

@@ -2,32 +2,43 @@ r"""Damped symmetric solves, batched: ``(C + d I)^-p g`` for every curvature of 
 
 Four ways to the same vector:
 
-* **Cholesky**, for C known to be positive semi-definite (Fisher): :func:`solve_definite`.
+* **Cholesky**, for C known to be positive semi-definite (Fisher): :func:`definite_inverse`.
 * **Cholesky, repaired.** A Hessian may be indefinite. Where ``C + d I`` is not positive definite, a plain
   solve walks uphill along the negative directions. There the eigenvalues are replaced by their absolute
   value, ``C = Q diag(l) Q'  ->  Q diag(|l| + d) Q'``, so that the step is a descent direction for every
-  d > 0 (saddle-free Newton): :func:`solve_indefinite`.
-* **Spectral**, for the fractional power p = 1/2: :func:`solve_power`.
+  d > 0 (saddle-free Newton): :func:`repaired_inverse`.
+* **Spectral**, for the fractional power p = 1/2: :func:`spectral_inverse`.
 * **Push-through**, for Fisher matrices of fewer samples than features, never forming the m x m matrix:
   ``(G'G/N + d I)^-1 G' = G' (GG'/N + d I)^-1`` costs N x N: :func:`solve_push_through`.
 
-Shapes: C is (m, m), one matrix for the batch, or (N, m, m), one for each sample; g is (N, m).
+The first three factorise once and give back a function of g, so that a C which is kept for several steps is factorised
+once. Shapes: C is (..., m, m) and d (...) or without dimensions; g is (..., N, m), rows for each matrix, or (..., m),
+one row for each matrix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Inverse",
+    "definite_inverse",
     "eigenvalue_scale",
     "finite_or_identity",
-    "solve_definite",
+    "identity_rows",
+    "repaired_inverse",
+    "shifted_eigenvalues",
     "solve_indefinite",
-    "solve_power",
     "solve_push_through",
+    "spectral_inverse",
     "working_dtype",
 ]
+
+Inverse = Callable[[Tensor], Tensor]
+"""Gradients to steps."""
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -41,6 +52,11 @@ def finite_or_identity(matrix: Tensor) -> Tensor:
     return torch.where(torch.isfinite(matrix).all(), matrix, eye)
 
 
+def identity_rows(like: Tensor) -> Tensor:
+    """The identity, (m, m), in dtype and device of rows (..., m)."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
 def eigenvalue_scale(matrix: Tensor) -> Tensor:
     """Root-mean-square eigenvalue of a symmetric matrix, ``||C||_F / sqrt(m)``: (..., m, m) -> (...).
 
@@ -50,33 +66,40 @@ def eigenvalue_scale(matrix: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(matrix) / matrix.shape[-1] ** 0.5
 
 
+def shifted_eigenvalues(values: Tensor, damping: Tensor) -> Tensor:
+    """``l + d`` if that is positive for all eigenvalues l of a matrix (..., m), else ``|l| + d``; d broadcasts."""
+    definite = values.amin(-1, keepdim=True) + damping > 0
+    return torch.where(definite, values, values.abs()) + damping
+
+
 def _shifted(matrix: Tensor, damping: Tensor) -> Tensor:
     shifted = matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1) if damping.ndim else damping)
     return shifted
 
 
-def _apply(solve_factor: Tensor, gradient: Tensor) -> Tensor:
-    """Cholesky factor (m, m) or (N, m, m) against rows (N, m)."""
-    if solve_factor.ndim == 2:
-        return torch.cholesky_solve(gradient.mT, solve_factor).mT
-    return torch.cholesky_solve(gradient.unsqueeze(-1), solve_factor).squeeze(-1)
+def _by_rows(solve: Inverse, ndim: int) -> Inverse:
+    """``solve`` takes rows (..., N, m); also take one row for each matrix, (..., m)."""
+    return lambda g: solve(g) if g.ndim == ndim else solve(g.unsqueeze(-2)).squeeze(-2)
 
 
-def solve_definite(matrix: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
-    """``(C + d I)^-1 g`` for a positive semi-definite C, without a host synchronisation.
+def _by_factor(factor: Tensor) -> Inverse:
+    return _by_rows(lambda g: torch.cholesky_solve(g.mT, factor).mT, factor.ndim)
+
+
+def definite_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
+    """``(C + d I)^-1`` for a positive semi-definite C, without a host synchronisation.
 
     A factorisation that fails (damping far below rounding) gives NaN, which the caller turns into
     "gradient kept, counted" or an error; see :class:`newton_plugin._rule.StepRule`.
     """
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix, damping))
-    solved = _apply(factor, gradient)
-    failed = info > 0 if info.ndim == 0 else (info > 0).unsqueeze(-1)
-    return torch.where(failed, torch.nan, solved)
+    failed = (info > 0)[..., None, None]
+    return _by_factor(torch.where(failed, torch.nan, factor))
 
 
-def solve_indefinite(matrix: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
-    """``(C + d I)^-1 g``; with ``|eigenvalues| + d`` for the matrices whose Cholesky fails.
+def repaired_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
+    """``(C + d I)^-1``; with ``|eigenvalues| + d`` for the matrices whose Cholesky fails.
 
     On an accelerator it costs one host synchronisation (did any factorisation fail?), far less than
     an eigendecomposition of everything.
@@ -84,29 +107,30 @@ def solve_indefinite(matrix: Tensor, damping: Tensor, gradient: Tensor) -> Tenso
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix, damping))
     failed = info > 0
     if not bool(failed.any()):
-        return _apply(factor, gradient)
+        return _by_factor(factor)
     if matrix.ndim == 2:
-        return _spectral(matrix, damping, gradient, 1.0)
-    solved = _apply(torch.where(failed[:, None, None], torch.eye(matrix.shape[-1]).to(factor), factor), gradient)
-    shift = damping[failed] if damping.ndim else damping
-    solved[failed] = _spectral(matrix[failed], shift, gradient[failed], 1.0)
-    return solved
+        return spectral_inverse(matrix, damping, 1.0)
+    rest = _by_factor(torch.where(failed[..., None, None], identity_rows(matrix), factor))
+    repaired = spectral_inverse(matrix[failed], damping[failed] if damping.ndim else damping, 1.0)
+
+    def solve(g: Tensor) -> Tensor:
+        solved = rest(g)
+        solved[failed] = repaired(g[failed])
+        return solved
+
+    return solve
 
 
-def solve_power(matrix: Tensor, damping: Tensor, gradient: Tensor, power: float) -> Tensor:
-    """``(C + d I)^-power g`` through the eigenvalues, repaired as in :func:`solve_indefinite`."""
-    return _spectral(matrix, damping, gradient, power)
+def solve_indefinite(matrix: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
+    """:func:`repaired_inverse`, applied."""
+    return repaired_inverse(matrix, damping)(gradient)
 
 
-def _spectral(matrix: Tensor, damping: Tensor, gradient: Tensor, power: float) -> Tensor:
+def spectral_inverse(matrix: Tensor, damping: Tensor, power: float) -> Inverse:
+    """``(C + d I)^-power`` through the eigenvalues, repaired as in :func:`repaired_inverse`."""
     values, vectors = torch.linalg.eigh(matrix)
-    shift = damping.unsqueeze(-1) if damping.ndim else damping
-    definite = (values[..., :1] + shift) > 0  # eigh sorts: the first eigenvalue decides
-    scaled = torch.where(definite, values + shift, values.abs() + shift).pow(-power)
-    if matrix.ndim == 2:
-        return ((gradient @ vectors) * scaled) @ vectors.mT
-    rotated = (vectors.mT @ gradient.unsqueeze(-1)).squeeze(-1) * scaled
-    return (vectors @ rotated.unsqueeze(-1)).squeeze(-1)
+    scaled = shifted_eigenvalues(values, damping.unsqueeze(-1) if damping.ndim else damping).pow(-power).unsqueeze(-2)
+    return _by_rows(lambda g: ((g @ vectors) * scaled) @ vectors.mT, matrix.ndim)
 
 
 def solve_push_through(rows: Tensor, gram: Tensor, damping: Tensor, power: float) -> Tensor:

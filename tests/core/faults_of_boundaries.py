@@ -13,6 +13,7 @@ from tests.core.provocations import (
     Sometimes,
     Watched,
     Weights,
+    quartic,
     spoiled,
     square,
 )
@@ -102,7 +103,17 @@ BOUNDARIES = (
         "y.register_hook(lambda g: 3 * g)",
         Seen(message="a hook on the outputs changes their gradient", warns=True, fallbacks=2),
         ("fisher",),
+        quartic,
         batches=(GOOD, LATER),
+        options=HESSIAN,
+        model=lambda: Watched(3.0),
+        doors=HOOKED,
+    ),
+    Fault(
+        "the same with a Hessian in closed form",
+        "y.register_hook(lambda g: 3 * g)",
+        NOTHING,
+        ("tripled", "hook sees the step"),
         options=HESSIAN,
         model=lambda: Watched(3.0),
         doors=HOOKED,
@@ -122,6 +133,15 @@ BOUNDARIES = (
         NOTHING,
         ("definition", "retained"),
         options=FISHER,
+        model=Retained,
+    ),
+    Fault(
+        "the same, curvature='hessian' of a loss without a closed form",
+        "y.retain_grad()",
+        NOTHING,
+        ("definition", "retained"),
+        quartic,
+        options=HESSIAN,
         model=Retained,
         known_issues=dict.fromkeys(
             HOOKED, "y.grad holds the gradients of the package's own pass as well; use y.register_hook"

@@ -166,6 +166,10 @@ def square(y: Tensor, t: Tensor) -> Tensor:
     return (y - t).square().sum(-1).mean()
 
 
+def quartic(y: Tensor, t: Tensor) -> Tensor:
+    return (0.1 * (y - t) ** 4 + (y - t).square()).sum(-1).mean()
+
+
 def of_the_sum(y: Tensor, t: Tensor) -> Tensor:
     return (y.sum(-1) - t.sum(-1)).square().mean()
 

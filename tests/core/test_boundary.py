@@ -232,7 +232,7 @@ def test_a_recording_does_not_outlive_its_forward_pass() -> None:
 def test_a_batch_without_outputs_after_others_is_counted() -> None:
     model = Model()
     hook = npl.LossHook(damping=0.1)
-    hook(F.cross_entropy(model(X).logits, T))
+    hook(F.cross_entropy(model(X).logits, T)).backward()
     hook(model.head.weight.square().sum() + model.head.bias.square().sum())
     assert hook.diagnostics()["fallbacks"] == 1
 

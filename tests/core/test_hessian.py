@@ -1,4 +1,4 @@
-"""Closed forms against the generic path, indefinite repair, and what happens where there is no Hessian."""
+"""Indefinite repair, and what happens where there is no Hessian."""
 
 from __future__ import annotations
 
@@ -13,70 +13,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import newton_plugin as npl
-from newton_plugin._closed_form import closed_form_hvp
-from newton_plugin._rows import RowLayout
 from newton_plugin._solve import solve_indefinite
 
 G = torch.Generator().manual_seed(0)
 Y = torch.randn(7, 4, generator=G, dtype=torch.float64)
 HARD = torch.tensor([0, 1, 2, 3, 0, -100, 2])
-SOFT = torch.softmax(torch.randn(7, 4, generator=G, dtype=torch.float64), -1)
 REAL = torch.rand(7, 4, generator=G, dtype=torch.float64)
 W = torch.tensor([1.0, 0.2, 3.0, 0.5], dtype=torch.float64)
-
-CLOSED = [
-    (F.mse_loss, REAL, {}),
-    (F.mse_loss, REAL, {"reduction": "sum"}),
-    (nn.MSELoss(), REAL, {}),
-    (F.cross_entropy, HARD, {}),
-    (F.cross_entropy, HARD, {"weight": W}),
-    (F.cross_entropy, HARD, {"weight": W, "label_smoothing": 0.3}),
-    (F.cross_entropy, HARD, {"weight": W, "label_smoothing": 0.3, "reduction": "sum"}),
-    (F.cross_entropy, HARD, {"weight": W, "label_smoothing": 0.3, "reduction": "none"}),
-    (F.cross_entropy, HARD.clamp_min(0), {"ignore_index": 2, "label_smoothing": 0.1}),
-    (F.cross_entropy, SOFT, {}),
-    (F.cross_entropy, SOFT, {"weight": W, "label_smoothing": 0.3}),
-    (F.cross_entropy, SOFT, {"weight": W, "reduction": "sum"}),
-    (nn.CrossEntropyLoss(weight=W, label_smoothing=0.2, ignore_index=1), HARD.clamp_min(0), {}),
-    (F.binary_cross_entropy_with_logits, REAL, {}),
-    (F.binary_cross_entropy_with_logits, REAL, {"weight": W, "pos_weight": W.flip(0)}),
-    (F.binary_cross_entropy_with_logits, REAL, {"pos_weight": W, "reduction": "sum"}),
-    (nn.BCEWithLogitsLoss(pos_weight=W, reduction="sum"), REAL, {}),
-]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("which", range(len(CLOSED)))
-def test_closed_forms_equal_the_generic_path(which: int, reduction: str) -> None:
-    loss_fn, target, kwargs = CLOSED[which]
-    y = Y.clone()
-    assert closed_form_hvp(loss_fn, y, (y, target), kwargs, RowLayout((7, 4)), reduction) is not None
-
-    def disguised(*args: Any, **kw: Any) -> Tensor:
-        return loss_fn(*args, **kw)
-
-    for structure in ("mean", "per_sample"):
-        options = {"curvature": "hessian", "structure": structure, "damping": 0.1, "reduction": reduction}
-        closed = npl.newton_step(loss_fn, Y, target, loss_kwargs=kwargs, **options)
-        generic = npl.newton_step(disguised, Y, target, loss_kwargs=kwargs, **options)
-        assert relative_error(closed.curvature, generic.curvature) <= 1e-10
-        assert relative_error(closed.step, generic.step) <= 1e-10
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "args", "kwargs"),
-    [
-        (F.mse_loss, (Y, REAL[:, :1]), {}),  # broadcast
-        (F.mse_loss, (Y, REAL), {"reduction": "none"}),
-        (F.cross_entropy, (torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.long)), {}),
-        (type("Sub", (nn.MSELoss,), {})(), (Y, REAL), {}),
-        (F.huber_loss, (Y, REAL), {}),
-        (F.cross_entropy, (), {"wrong": 1}),
-    ],
-)
-def test_what_is_not_recognised_takes_the_generic_path(loss_fn: Any, args: Any, kwargs: Any) -> None:
-    y = args[0] if args else Y
-    assert closed_form_hvp(loss_fn, y, args, kwargs, RowLayout(tuple(y.shape)), "mean") is None
 
 
 def test_repair_of_indefinite_matrices_only_where_needed() -> None:
@@ -218,7 +161,19 @@ def test_auto_takes_the_hessian_where_it_is_cheap() -> None:
     assert torch.equal(npl.newton_step(F.cross_entropy, Y, HARD, curvature="auto", damping=0.1).step, hessian)
     wide = torch.randn(2, 300, generator=G, dtype=torch.float64)
     with pytest.warns(UserWarning, match="300 features would take 300 Hessian-vector products"):
-        npl.newton_step(F.mse_loss, wide, wide + 1, curvature="auto")
+        npl.newton_step(lambda y: y.cosh().sum(-1).mean(), wide, curvature="auto")
+
+
+def test_auto_takes_a_known_hessian_at_any_width_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    wide, t = torch.randn(2, 3, 300, generator=G, dtype=torch.float64)
+    auto, hessian = (npl.newton_step(F.mse_loss, wide, t, curvature=c, damping=0.1) for c in ("auto", "hessian"))
+    assert torch.equal(auto.step, hessian.step)
+    head, hook = nn.Linear(3, 300).double(), npl.LossHook(curvature="auto", damping=0.1)
+    with caplog.at_level("INFO", "newton_plugin"):
+        for _ in range(3):
+            hook(F.mse_loss(head(Y[:, :3]), torch.zeros(7, 300, dtype=torch.float64))).backward()
+    assert [r.message for r in caplog.records] == ["curvature='auto': the Hessian, in closed form"]
+    assert hook.diagnostics()["fallbacks"] == 0
 
 
 def test_class_weights_and_ignored_samples_by_whole_batch_probes() -> None:

@@ -167,9 +167,9 @@ def test_a_nan_batch_does_not_poison_the_running_mean() -> None:
     clean, dirty = npl.LossHook(), npl.LossHook()
     losses = [lambda: F.cross_entropy(net(X), T), lambda: F.cross_entropy(net(X) * torch.nan, T)]
     for pick in (0, 1, 0):
-        dirty(losses[pick]())
+        dirty(losses[pick]()).backward()
         if pick == 0:
-            clean(losses[0]())
+            clean(losses[0]()).backward()
     assert dirty.diagnostics()["damping"] == clean.diagnostics()["damping"]
 
 
@@ -202,7 +202,7 @@ def test_state_survives_a_checkpoint() -> None:
     restored = npl.LossHook()
     restored.load_state_dict(torch.load(file, weights_only=True))
     for h in (hook, restored):
-        h(F.cross_entropy(net(X), T))
+        h(F.cross_entropy(net(X), T)).backward()
     assert hook.diagnostics() == restored.diagnostics()
 
 
@@ -212,12 +212,12 @@ def test_copies_go_on_from_the_same_state(clone: Callable[[Any], Any], curvature
     net = model()
     hook, wrapped = npl.LossHook(curvature=curvature), npl.NewtonLoss(nn.CrossEntropyLoss(), curvature=curvature)
     for k in range(3):
-        hook(F.cross_entropy(net(X) * (k + 1), T))
-        wrapped(net(X) * (k + 1), T)
+        hook(F.cross_entropy(net(X) * (k + 1), T)).backward()
+        wrapped(net(X) * (k + 1), T).backward()
     other, other_wrapped = clone(hook), clone(wrapped)
     assert other.diagnostics() == {}
     for h in (hook, other):
-        h(F.cross_entropy(net(X), T))
+        h(F.cross_entropy(net(X), T)).backward()
     assert hook.diagnostics() == other.diagnostics()
     gradients = []
     for loss in (wrapped, other_wrapped):
@@ -262,7 +262,9 @@ def test_diagnostics_are_those_of_the_step() -> None:
     net = model()
     hook = npl.LossHook(curvature="hessian", damping=0.1)
     y = net(X)
-    hook(F.cross_entropy(y, T))
+    loss = hook(F.cross_entropy(y, T))
+    assert hook.diagnostics() == {}, "the step is taken in the backward pass"
+    loss.backward()
     g, h = gradients_and_hessians(lambda v: F.cross_entropy(v, T), y)
     values = torch.linalg.eigvalsh(h.mean(0))
     taken = step(g, h, "hessian", "mean", 1, 0.1)

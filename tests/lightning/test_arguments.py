@@ -18,7 +18,7 @@ from newton_plugin_lightning import LightningMissingError, NewtonLosses, _bases
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"curvature": "fischer"}, ValueError, r"curvature must be .*'fisher'.*got 'fischer'"),
-    ({"structure": "diagonal"}, ValueError, r"structure must be one of 'mean'.*got 'diagonal'"),
+    ({"structure": "dense"}, ValueError, r"structure must be one of 'mean'.*got 'dense'"),
     ({"damping": 0}, ValueError, r"damping must be positive.*got 0"),
     ({"damping": -1.0}, ValueError, r"damping must be positive.*got -1\.0"),
     ({"damping": "low"}, ValueError, r"damping must be a positive number, 'auto'.*got 'low'"),
@@ -55,6 +55,7 @@ def test_the_signature_is_the_public_one() -> None:
         "start_step": 0,
         "sync": True,
         "log": True,
+        "prog_bar": False,
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
 

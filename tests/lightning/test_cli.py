@@ -100,7 +100,7 @@ def test_help_of_the_callback(in_process: InProcess) -> None:
     assert status == 0
     words = " ".join(text.split())
     assert "Trains with Newton Losses" in words
-    assert "{mean,per_sample,isotropic}" in words
+    assert "{mean,per_sample,isotropic,diagonal,block}" in words
     assert '"auto" needs no tuning: it is relative to C.' in words
     for name in ("curvature", "damping", "structure", "power", "reduction", "boundary", "feature_dims", "start_step"):
         # older jsonargparse writes .init_args. in between
@@ -111,7 +111,7 @@ def test_help_of_the_callback(in_process: InProcess) -> None:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("structure=diagonal", r"structure.*\n.*'mean', 'per_sample', 'isotropic'.*diagonal"),
+        ("structure=diag", r"structure.*\n.*'mean', 'per_sample', 'isotropic'.*Got value: diag"),
         ("curvature=fischer", r"(?s)'fisher', 'hessian', 'norm', 'auto'.*fischer"),
         ("start_step=soon", r"start_step.*\n.*soon"),
         ("dampening=1", r"dampening"),

@@ -86,8 +86,11 @@ def test_sums_modules_keywords_and_feature_dims() -> None:
 def test_the_limit_is_that_of_auto() -> None:
     """What check_loss thinks curvature="auto" does at its limit is what it does."""
     for features, taken in ((MOST_FEATURES, "hessian"), (MOST_FEATURES + 1, "fisher")):
-        report = check_loss(F.mse_loss, torch.ones(2, features), torch.zeros(2, features))
+        report = check_loss(lambda y: y.cosh().sum(-1).mean(), torch.ones(2, features))
         assert (report.curvature, report.auto) == (taken, taken)
+    known = check_loss(F.mse_loss, torch.ones(2, MOST_FEATURES + 1), torch.zeros(2, MOST_FEATURES + 1))
+    assert (known.curvature, known.auto) == ("hessian", "hessian")
+    assert "closed form" in known.why
 
 
 def test_a_pair_of_coupled_samples_among_many_is_seen() -> None:

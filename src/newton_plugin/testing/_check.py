@@ -165,16 +165,24 @@ class _Check:
             return skipped("random numbers differ by dtype")
         return precision(self.native, self.found["hessian"].verdict == "exact")
 
+    def _closed_form(self) -> bool:
+        try:
+            return has_closed_form(self.native)
+        except Exception:  # the loss's own; other findings tell of it
+            return False
+
     def _choose(self) -> tuple[Literal["hessian", "fisher"] | None, str]:
         hessian, m = self.found["hessian"], self.native.layout.features
         if not self.found["evaluation"].ok:
             return None, self.found["evaluation"].words
         if not self.found["gradient"].ok:
             return None, self.found["gradient"].words
-        if m > MOST_FEATURES:
+        if m > MOST_FEATURES and not self._closed_form():
             return "fisher", f"{m} features would take {m} Hessian-vector products a step"
         if hessian.verdict == "exact" and self.found["coupling"].verdict == "coupled":
             return "fisher", "the loss couples the samples of a batch"
+        if hessian.verdict == "exact" and m > MOST_FEATURES:
+            return "hessian", "the plugin knows it in closed form, and takes no Hessian-vector products"
         if hessian.verdict == "exact":
             return "hessian", "the Hessian is there and right; 'fisher' and 'norm' need the gradient only"
         return "fisher", f"the Hessian is {hessian.verdict}"

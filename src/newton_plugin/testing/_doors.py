@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from newton_plugin._closed_form import closed_form_hvp
+from torch.autograd.graph import get_gradient_edge
+
+from newton_plugin._closed_form import find_form
+from newton_plugin._graph import explore, make_boundary
 from newton_plugin._loss import NewtonLoss
 from newton_plugin.testing._subject import Subject
 
@@ -28,7 +31,7 @@ def taken_by(subject: Subject, curvature: Literal["hessian", "auto"]) -> Taken:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            wrapped(outputs)
+            wrapped(outputs).sum().backward()  # some steps are taken there
         except Exception:
             return "error"
     return "fisher" if any("uses the empirical Fisher" in str(w.message) for w in caught) else "hessian"
@@ -36,8 +39,11 @@ def taken_by(subject: Subject, curvature: Literal["hessian", "auto"]) -> Taken:
 
 def has_closed_form(subject: Subject) -> bool:
     """Whether the package knows this loss's Hessian by a formula, and needs no products."""
-    call = (subject.outputs, *subject.args)
-    return (
-        closed_form_hvp(subject.loss_fn, subject.outputs, call, subject.kwargs, subject.layout, subject.reduction)
-        is not None
-    )
+    y = subject.outputs.clone().requires_grad_().clone()
+    edge = get_gradient_edge(y)
+    loss = subject.call(y)
+    if loss.grad_fn is None:
+        return False
+    at = (edge.node, edge.output_nr)
+    boundary = make_boundary("outputs", at, explore(loss.grad_fn, at.__eq__))
+    return find_form(loss.grad_fn, boundary, subject.layout) is not None

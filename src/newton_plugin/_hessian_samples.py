@@ -1,0 +1,98 @@
+"""A Hessian for each sample: formed and inverted one by one where that is cheap, in Krylov spaces where it is not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature import CurvatureStep
+from newton_plugin._damping import Damping
+from newton_plugin._forms import Dense
+from newton_plugin._hessian_sums import DirectForms, sample_hessians
+from newton_plugin._krylov import KrylovOptions, lockstep_power
+from newton_plugin._low_rank import sample_squares, solve_samples
+from newton_plugin._ranks import Ranks
+from newton_plugin._running import RunningMean
+from newton_plugin._sample_hessians import DiagonalRankOne
+from newton_plugin._sketch import random_signs
+from newton_plugin._solve import eigenvalue_scale, finite_or_identity, repaired_inverse, spectral_inverse
+
+__all__ = ["PER_SAMPLE_FEATURES", "per_sample_step", "probe_samples"]
+
+PER_SAMPLE_FEATURES = 128  # up to here every H_i is formed by m products; above, Krylov spaces take 5 to 33
+_SMALL_FEATURES = 16  # up to here a known diagonal plus rank one is formed all the same: C is there to be looked at
+
+
+def probe_samples(forms: DirectForms, gradient: Tensor) -> Tensor:
+    """All H_i (N, m, m) where they are few and small or known; else ``H_i z_i`` (N, m) for random signs z."""
+    n, m = gradient.shape
+    if forms.blocks is not None or m <= PER_SAMPLE_FEATURES:
+        return sample_hessians(forms, gradient)
+    return forms.products(random_signs((1, n, m), gradient))[0]
+
+
+def per_sample_step(
+    forms: DirectForms,
+    probed: Tensor | None,
+    gradient: Tensor,
+    damping: Damping,
+    power: float,
+    krylov: KrylovOptions,
+    mean: RunningMean,
+    ranks: Ranks,
+) -> CurvatureStep:
+    """``(H_i + d I)^-power g_i`` for every sample; ``g_i g_i'`` in place of Hessians that are all zero.
+
+    Args:
+        forms: the Hessians.
+        probed: what :func:`probe_samples` gave, if they are not known.
+        gradient: (N, m).
+        damping: relative to the running mean of the samples' mean scale ``||H_i||_F / sqrt(m)``.
+        power: 1 or 0.5.
+        krylov: when to stop.
+        mean: of the scale.
+        ranks: the processes that share the batch.
+    """
+    n, m = gradient.shape
+    form = forms.diagonal_rank_one
+    if form is not None and m <= _SMALL_FEATURES:
+        form, probed = None, sample_hessians(forms, gradient)
+    if form is None and probed is None:
+        probed = sample_hessians(forms, gradient)
+    if form is not None:
+        scales = sample_squares(form, n, m).sqrt() / m**0.5
+    elif probed is not None and probed.ndim == 3:
+        scales = eigenvalue_scale(probed)
+    else:  # E |H z|^2 = ||H||_F^2 for random signs z
+        assert probed is not None
+        scales = torch.linalg.vector_norm(probed, dim=-1) / m**0.5
+    finite = torch.isfinite(scales).all()
+    zero = ranks.all((scales == 0).all())
+    squared = torch.linalg.vecdot(gradient, gradient)
+    scales = torch.where(zero, squared / m**0.5, scales)
+    average = damping.averaging
+    d = damping.value(mean.update(ranks.mean(scales.sum(), n), average.decay, average.growth))
+    if form is None and probed is not None and probed.ndim == 3:
+        return _formed(probed, gradient, d, power, zero, finite)
+    # Where all Hessians are zero: Fisher, (g g' + d I)^-p g.
+    fisher = gradient * (squared.unsqueeze(-1) + d).pow(-power)
+    if form is not None:
+        solved, extremes = solve_samples(form, d, gradient, power), lambda: _extremes(form, gradient, d)
+    else:
+        taken = lockstep_power(lambda v: forms.products(v.unsqueeze(0))[0], gradient, d, power, krylov)
+        solved, extremes = taken.step, lambda: taken.extremes
+    return CurvatureStep(torch.where(zero, fisher, solved), d, None, extremes, zero_hessian=zero, finite=finite)
+
+
+def _formed(c: Tensor, gradient: Tensor, d: Tensor, power: float, zero: Tensor, finite: Tensor) -> CurvatureStep:
+    c = finite_or_identity(torch.where(zero, gradient.unsqueeze(-1) * gradient.unsqueeze(-2), c))
+    inverse = repaired_inverse(c, d) if power == 1 else spectral_inverse(c, d, power)
+    return CurvatureStep(inverse(gradient), d, c, lambda: Dense(c).extremes(), zero_hessian=zero, finite=finite)
+
+
+def _extremes(form: DiagonalRankOne, gradient: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact for a diagonal; else as far as 48 products show, from a random start."""
+    if form.weight is None:
+        return form.diagonal.min(), form.diagonal.max()
+    start = random_signs(tuple(gradient.shape), gradient)
+    return lockstep_power(lambda v: form(v.unsqueeze(0))[0], start, d, 1.0, KrylovOptions(1e-10, 48)).extremes

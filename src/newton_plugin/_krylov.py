@@ -1,0 +1,147 @@
+r"""``(H_i + d I)^-p g_i`` for all samples at once, from Hessian-vector products alone.
+
+The conjugate gradient method in its other dress: Lanczos' recurrence builds, for each sample, an orthonormal basis V
+of span{g, H g, H^2 g, ...} in which H is a small tridiagonal matrix T = V' H V. Where H + d I is positive definite,
+``|g| V (T + d I)^-1 e_1`` is the iterate of conjugate gradients, residual and all. But T also shows what conjugate
+gradients only stumble over: an eigenvalue of T below -d is a direction of negative curvature, and with
+
+    step = |g| V f(T) e_1,      f(l) = (l + d)^-p,  or  (|l| + d)^-p  where T + d I is not positive definite,
+
+the step is that of the dense repair (:func:`newton_plugin._solve.repaired_inverse`) as soon as V spans what H makes of
+g. Before that, after any number of products and for any H: ``g' step = |g|^2 e_1' f(T) e_1 > 0``, never an ascent
+direction; and ``|step| <= max f(l) |g|``, which is ``d^-p |g|`` unless an eigenvalue lies between -d and 0.
+
+All samples go in lockstep: one Hessian-vector product of the whole batch a round. The basis is kept, so memory is
+(rounds + 6) N m. A new vector is orthogonalised against the first one (which is what the bound on ``g' step`` needs)
+and, from the ninth round on, against all: without that a hard problem (eigenvalues from 1e-6 to 100) stays at an error
+of 10 % after as many products as it has features, with it the step is exact there.
+
+Where H is definite, the residual says how far the step is from the exact one. Where it is not, ``1 / (|l| + d)`` has a
+kink at 0, and many products may be needed to see on which side of it eigenvalues lie: the step is then one of the safe
+steps in between, not the dense one. There is no preconditioner: it would change what the repair means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
+from newton_plugin._solve import shifted_eigenvalues
+
+__all__ = ["KrylovOptions", "KrylovStep", "check_krylov", "lockstep_power"]
+
+_ORTHOGONAL = 8  # rounds for which the recurrence alone keeps the basis orthogonal enough
+
+
+@dataclass(frozen=True)
+class KrylovOptions:
+    """When to stop.
+
+    Attributes:
+        tolerance: on the norm of every sample's residual ``g - (H + d I) step``, against that of its gradient.
+        most: rounds at most.
+        every: rounds between two looks at the residuals, each of which waits for the device.
+    """
+
+    tolerance: float = 1e-3
+    most: int = 32
+    every: int = 4
+
+
+def check_krylov(tolerance: Any, products: Any) -> KrylovOptions:
+    """The two arguments of a user, validated."""
+    check_positive("tolerance", tolerance, "It is relative to the norm of the gradient.")
+    if isinstance(products, bool) or not isinstance(products, int):
+        raise ArgumentTypeError(f"products must be a positive integer; got {products!r}.")
+    if products < 1:
+        raise ArgumentError(f"products must be a positive integer; got {products}. Fewer make a step more cautious.")
+    return KrylovOptions(float(tolerance), products)
+
+
+@dataclass(frozen=True)
+class KrylovStep:
+    """What :func:`lockstep_power` gives back.
+
+    Attributes:
+        step: (N, m).
+        extremes: smallest and largest eigenvalue of any sample's H, as far as the products showed.
+        rounds: Hessian-vector products of the batch that were taken.
+    """
+
+    step: Tensor
+    extremes: tuple[Tensor, Tensor]
+    rounds: int
+
+
+def lockstep_power(
+    product: Callable[[Tensor], Tensor], gradient: Tensor, damping: Tensor, power: float, options: KrylovOptions
+) -> KrylovStep:
+    """The step of every sample.
+
+    Args:
+        product: (N, m) -> (N, m), ``H_i v_i``.
+        gradient: (N, m).
+        damping: positive; no dimensions.
+        power: 1 or 0.5.
+        options: when to stop; ``every`` rounds the host looks whether all samples have converged.
+    """
+    most = min(options.most, gradient.shape[1])
+    size = torch.linalg.vector_norm(gradient, dim=-1)
+    basis = [_unit(gradient, size)]
+    diagonal, coupling = [], []  # of T
+    before = torch.zeros_like(size)  # beta_(k-1)
+    largest = torch.zeros_like(size)
+    weights, values = size.unsqueeze(-1), size.unsqueeze(-1)
+    for k in range(1, most + 1):
+        vector = basis[-1]
+        new = product(vector)
+        alpha = _inner(new, vector)
+        new = new - alpha.unsqueeze(-1) * vector
+        if k > 1:
+            new = new - before.unsqueeze(-1) * basis[-2]
+            for old in basis if k > _ORTHOGONAL else basis[:1]:
+                new = new - _inner(new, old).unsqueeze(-1) * old
+        beta = torch.linalg.vector_norm(new, dim=-1)
+        largest = torch.maximum(largest, torch.maximum(alpha.abs(), beta))
+        # An exhausted space leaves rounding: stop there, or V would take up noise of unit length.
+        beta = torch.where(beta > 1e-14 * largest, beta, 0.0)
+        diagonal.append(alpha)
+        if k == most or k % options.every == 0:
+            weights, values = _weights(diagonal, coupling, damping, power)
+            weights = weights * size.unsqueeze(-1)
+            residual = beta * weights[:, -1].abs()
+            if k == most or not bool((residual > options.tolerance * size).any()):
+                break
+        coupling.append(beta)
+        basis.append(_unit(new, beta))
+        before = beta
+    step = torch.zeros_like(gradient)
+    for j, vector in enumerate(basis):
+        step.addcmul_(weights[:, j : j + 1], vector)
+    return KrylovStep(step, (values.min(), values.max()), len(basis))
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)
+
+
+def _unit(vector: Tensor, norm: Tensor) -> Tensor:
+    """The rows at length one; zeros where the norm is zero."""
+    return torch.where(norm > 0, 1 / norm, 0.0).unsqueeze(-1) * vector
+
+
+def _weights(diagonal: list[Tensor], coupling: list[Tensor], damping: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """``f(T) e_1`` and the eigenvalues of T for every sample, both (N, k)."""
+    matrix = torch.diag_embed(torch.stack(diagonal, -1))
+    if coupling:
+        beside = torch.stack(coupling, -1)
+        matrix = matrix + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    finite = torch.isfinite(matrix).all(-1).all(-1)[:, None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, 0.0))
+    solved = (vectors * shifted_eigenvalues(values, damping).pow(-power).unsqueeze(-2) * vectors[:, :1]).sum(-1)
+    return torch.where(finite[:, 0], solved, torch.nan), values
