@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow test-oldest lint types examples clean
+.PHONY: demo test test-slow test-oldest lint types docs gallery examples package clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.demo
@@ -36,6 +36,13 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site build/site/index.html, from README, docs/ and benchmarks/ as they are; nothing is fetched.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -j 1 -q -b html -c docs . build/site
+
+gallery: $(VENV)/.examples
+	$(BIN)/python -m examples.gallery
+
 # Every example as a user would run it, only shorter; and the examples inside docstrings.
 examples: $(VENV)/.dev
 	$(BIN)/python -m examples.demo --seeds 2 --steps 30 --out $(VENV)/demo
@@ -50,7 +57,30 @@ examples: $(VENV)/.dev
 	$(BIN)/python -m examples.portfolio --steps 20
 	$(BIN)/python -m examples.noisy_rankings --steps 60
 	$(BIN)/python -m examples.bilevel_lightning --epochs 10
+	$(BIN)/python -m examples.gallery --out $(VENV)/gallery
+	$(BIN)/python -m examples.plain_loop --steps 60
+	$(BIN)/python -m examples.fabric_loop --steps 60
+	$(BIN)/python -m examples.accelerate_loop --steps 60
+	$(BIN)/python -m examples.ignite_engine --steps 60
+	$(BIN)/python -m examples.skorch_net --epochs 3
+	$(BIN)/python -m examples.transformers_trainer --steps 20
+	$(BIN)/python -m newton_plugin_lightning fit --config examples/classify_digits.yaml \
+		--trainer.max_steps=40 --trainer.default_root_dir=$(VENV)/cli --trainer.logger.init_args.save_dir=$(VENV)/cli
 	$(BIN)/python -m pytest --doctest-modules src integrations -p no:cacheprovider
+
+# What a release uploads, in an environment that has nothing of this checkout: with torch alone, then with the extras.
+CLEAN := $(VENV)/clean
+package: $(VENV)/.dev
+	rm -rf dist $(CLEAN)
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(CLEAN)/bin/python -I tests/packaging/installed.py
+	$(CLEAN)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(echo dist/*.whl)[lightning,transformers]"
+	$(CLEAN)/bin/python -I tests/packaging/installed.py lightning transformers
+	rm -rf $(CLEAN)
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,4 +95,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest
+	rm -rf $(VENV) .venv-oldest build dist

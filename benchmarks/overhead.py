@@ -1,34 +1,50 @@
 """What a step costs with the plugin: whole training steps, plain and hooked, interleaved in one process.
 
-    python -m benchmarks.overhead
+    python -m benchmarks.overhead                 # every task, about ten minutes
+    python -m benchmarks.overhead --only CNN --seconds 10
 
-Prints medians of the ratio to the plain step taken right before (one round each, so that a busy machine slows both),
-with their quartiles, and writes benchmarks/results/overhead.json. The peer is the plain step: no published package
-computes Newton Losses. Fixed damping and "auto" are both there; setup (the first five rounds) is left out and said.
+For every task and every curvature: the median ratio to the plain step taken right before (one round each, so that a
+busy machine slows both), its quartiles, and what the step costs more in units of one gradient (loss forward and
+backward to the outputs, without the network). Setup (the first three rounds) is left out. The peer is the plain step:
+no published package computes Newton Losses; :mod:`benchmarks.large_outputs` has those that compute parts of it.
+
+Where CUDA is available, times are those of CUDA events, and one profiled step tells how often the host waits in it.
+Results: benchmarks/results/overhead.json and overhead.md.
 """
 
+import argparse
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from benchmarks.tables import markdown
 from torch import Tensor, nn
 
 import newton_plugin as npl
-from newton_plugin.algorithms import RankingLoss
+from newton_plugin.algorithms import RankingLoss, relaxed_bellman_ford
 
-ROUNDS, WARM_UP = 60, 5
-RESULTS = Path(__file__).parent / "results" / "overhead.json"
-HOOKS: dict[str, dict] = {
-    "fisher, auto damping": {},
-    "fisher, damping 0.1": {"damping": 0.1},
-    "norm": {"curvature": "norm"},
-    "hessian, damping 0.1": {"curvature": "hessian", "damping": 0.1},
-}
+WARM_UP, LEAST = 3, 7
+RESULTS = Path(__file__).parent / "results"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+FISHER = {"fisher, auto damping": {}, "fisher, damping 0.1": {"damping": 0.1}, "norm": {"curvature": "norm"}}
+HESSIAN = {"hessian, damping 0.1": {"curvature": "hessian", "damping": 0.1}}
+KEPT = {"hessian, refresh_every 10": {"curvature": npl.Hessian(refresh_every=10), "damping": 0.1}}
+SAMPLES = {"hessian per sample": {"curvature": "hessian", "structure": "per_sample", "damping": 0.1}}
+DIAGONAL = {"hessian diagonal": {"curvature": "hessian", "structure": "diagonal", "damping": 0.1}}
+
+
+class Task(NamedTuple):
+    make: Callable[[], nn.Module]
+    inputs: Tensor
+    loss: Callable[[Tensor], Tensor]
+    arms: dict[str, dict[str, Any]]
 
 
 def cnn(classes: int) -> nn.Module:
@@ -40,76 +56,175 @@ def cnn(classes: int) -> nn.Module:
 
 
 def scorer() -> nn.Module:
-    """The demo's network."""
+    """The demo's network: one score for each of n items."""
     layers = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1), nn.Flatten(-2))
     return nn.Sequential(*layers)
 
 
-Task = tuple[Callable[[], nn.Module], Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]
+def cost_maps(size: int) -> nn.Module:
+    """Images of 8 pixels a cell to a map of size x size positive costs."""
+    layers = (nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Conv2d(32, 1, 1), nn.Softplus(), nn.Flatten(1, 2))
+
+
+def segmenter() -> nn.Module:
+    """64 x 64 images to 21 classes a pixel."""
+    layers = (nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())
+    return nn.Sequential(*layers, nn.Conv2d(32, 21, 1))
 
 
 def tasks() -> dict[str, Task]:
     g = torch.Generator().manual_seed(0)
-    images = torch.rand(128, 1, 28, 28, generator=g)
-    ranking = RankingLoss("neural_sort", temperature=0.1)
-    found: dict[str, Task] = {
-        f"CNN 28x28, N = 128, cross-entropy, m = {m}": (
-            lambda m=m: cnn(m),
-            images,
-            torch.randint(m, (128,), generator=g),
-            F.cross_entropy,
+    found: dict[str, Task] = {}
+    images = torch.rand(128, 1, 28, 28, generator=g).to(DEVICE)
+    for m in (10, 100, 1000, 50_000):
+        labels = torch.randint(m, (128,), generator=g).to(DEVICE)
+        arms = {**FISHER, **HESSIAN, **KEPT, **SAMPLES, **DIAGONAL}
+        found[f"CNN 28x28, N = 128, cross-entropy, m = {m}"] = Task(
+            lambda m=m: cnn(m), images, lambda y, t=labels: F.cross_entropy(y, t), arms
         )
-        for m in (10, 100)
+    losses = {
+        "NeuralSort": RankingLoss("neural_sort", temperature=0.1),
+        "SoftSort": RankingLoss("soft_sort", temperature=0.1),
+        "odd-even network": RankingLoss("sorting_network", layout="odd_even", steepness=10.0),
     }
-    ranks = torch.rand(32, 10, generator=g).argsort(-1)
-    found["the demo: MLP 64-64-32-1, N = 32, NeuralSort, m = 10"] = (
-        scorer,
-        torch.rand(32, 10, 64, generator=g),
-        ranks,
-        ranking,
+    for name, ranking in losses.items():
+        for n in (5, 10, 32, 100):
+            ranks = torch.rand(32, n, generator=g).argsort(-1).to(DEVICE)
+            found[f"sorting, {name}, n = m = {n}, N = 32, MLP 64-64-32-1"] = Task(
+                scorer,
+                torch.rand(32, n, 64, generator=g).to(DEVICE),
+                lambda y, t=ranks, loss=ranking: loss(y, t),
+                {"fisher, damping 0.1": {"damping": 0.1}, **HESSIAN, **KEPT},
+            )
+    for size in (12, 48):
+        path = (torch.rand(16, size, size, generator=g) < 2 / size).float().to(DEVICE)
+        grids = {"fisher, damping 0.1": {"damping": 0.1}, **SAMPLES, **HESSIAN, **KEPT}
+        found[f"cost grids {size} x {size}, relaxed Bellman-Ford, N = 16"] = Task(
+            lambda size=size: cost_maps(size),
+            torch.rand(16, 3, 8 * size, 8 * size, generator=g).to(DEVICE),
+            lambda y, t=path: F.mse_loss(relaxed_bellman_ford(y), t),
+            grids,
+        )
+    pixels = torch.randint(21, (4, 64, 64), generator=g).to(DEVICE)
+    dense = {**FISHER, **HESSIAN, **SAMPLES, "hessian block": {**HESSIAN["hessian, damping 0.1"], "structure": "block"}}
+    found["segmentation 21 x 64 x 64, N = 4, feature_dims = 1 (m = 21)"] = Task(
+        segmenter,
+        torch.rand(4, 3, 64, 64, generator=g).to(DEVICE),
+        lambda y: F.cross_entropy(y, pixels),
+        {name: {**options, "feature_dims": 1} for name, options in dense.items()},
+    )
+    found["segmentation 21 x 64 x 64, N = 4, all features (m = 86,016)"] = Task(
+        segmenter,
+        torch.rand(4, 3, 64, 64, generator=g).to(DEVICE),
+        lambda y: F.cross_entropy(y, pixels),
+        {"fisher, damping 0.1": {"damping": 0.1}, **DIAGONAL},
     )
     return found
 
 
-def measure(task: Task) -> dict[str, list[float]]:
-    """Seconds of every round of every arm."""
-    make, x, t, loss_fn = task
+def seconds_of(step: Callable[[], None]) -> float:
+    if DEVICE.type == "cpu":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+    step()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def training_step(task: Task, options: dict[str, Any] | None) -> Callable[[], None]:
     torch.manual_seed(0)
-    arms: dict[str, Callable[[], None]] = {}
-    for name, options in {"plain": None, **HOOKS}.items():
-        model = make()
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-        hook = (lambda loss: loss) if options is None else npl.LossHook(**options)
+    model = task.make().to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    hook = (lambda loss: loss) if options is None else npl.LossHook(**options)
 
-        def step(model: nn.Module = model, optimizer: torch.optim.Adam = optimizer, hook: Callable = hook) -> None:
-            optimizer.zero_grad()
-            hook(loss_fn(model(x), t)).backward()
-            optimizer.step()
+    def step() -> None:
+        optimizer.zero_grad()
+        hook(task.loss(model(task.inputs))).backward()
+        optimizer.step()
 
+    return step
+
+
+def one_gradient(task: Task) -> Callable[[], None]:
+    """The loss and its gradient at fixed outputs."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        outputs = task.make().to(DEVICE)(task.inputs)
+    y = outputs.requires_grad_()
+    return lambda: torch.autograd.grad(task.loss(y), y)[0].sum()
+
+
+def waits(step: Callable[[], None]) -> int:
+    """How often the host waits for the device in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        step()
+    names = ("cudaStreamSynchronize", "aten::_local_scalar_dense", "cudaDeviceSynchronize")
+    return sum(e.count for e in profiled.key_averages() if e.key in names)
+
+
+def measure(task: Task, budget: float) -> tuple[dict[str, list[float]], list[str]]:
+    """Seconds of every round of every arm that can be had, and what failed."""
+    arms = {"plain": training_step(task, None), "one gradient": one_gradient(task)}
+    failed = []
+    for name, options in task.arms.items():
+        step = training_step(task, options)
+        try:
+            if seconds_of(step) > budget:
+                raise npl.NewtonPluginError(f"one step takes more than {budget:.0f} s")
+        except npl.NewtonPluginError as error:
+            failed.append(f"{name}: {error}")
+            continue
         arms[name] = step
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(ROUNDS + WARM_UP):
+    start = time.perf_counter()
+    while len(seconds["plain"]) < WARM_UP + LEAST or time.perf_counter() - start < budget:
         for name, step in arms.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[WARM_UP:] for name, values in seconds.items()}
+            seconds[name].append(seconds_of(step))
+    report = {name: values[WARM_UP:] for name, values in seconds.items()}
+    if DEVICE.type == "cuda":
+        failed += [f"{name}: the host waits {waits(step)} times" for name, step in arms.items()]
+    return report, failed
 
 
 def main() -> None:
-    report = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    report["tasks"] = {}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="tasks whose title contains this")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each task, at least seven rounds")
+    arguments = parser.parse_args()
+    path = RESULTS / f"overhead{'_cuda' if DEVICE.type == 'cuda' else ''}.json"
+    report = json.loads(path.read_text()) if arguments.only and path.exists() else {"rows": []}
+    report |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     for title, task in tasks().items():
-        seconds = measure(task)
-        plain = seconds["plain"]
-        print(f"\n{title}: plain {1e3 * statistics.median(plain):.1f} ms")
-        rows = {}
-        for name in HOOKS:
-            low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds[name], plain, strict=True)], n=4)
-            rows[name] = {"ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
-            print(f"  {name:24s} {middle:5.2f}x  [{low:.2f}, {high:.2f}]")
-        report["tasks"][title] = {"plain_ms": round(1e3 * statistics.median(plain), 2), **rows}
-    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
+        if arguments.only not in title:
+            continue
+        seconds, notes = measure(task, arguments.seconds)
+        plain, gradient = seconds.pop("plain"), statistics.median(seconds.pop("one gradient"))
+        rows = []
+        for name, values in seconds.items():
+            low, middle, high = statistics.quantiles([a / b for a, b in zip(values, plain, strict=True)], n=4)
+            more = statistics.median([a - b for a, b in zip(values, plain, strict=True)])
+            rows.append(
+                {
+                    "task": title,
+                    "curvature": name,
+                    "plain ms": round(1e3 * statistics.median(plain), 2),
+                    "ratio": round(middle, 3),
+                    "quartiles": f"{low:.3f} to {high:.3f}",
+                    "more, in gradients": round(more / gradient, 2),
+                    "rounds": len(values),
+                }
+            )
+        print(markdown(rows), *notes, sep="\n", flush=True)
+        report["rows"] = [r for r in report.get("rows", []) if r["task"] != title] + rows
+        report.setdefault("notes", {})[title] = notes
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    notes = [f"* {title}: {note}" for title, found in report.get("notes", {}).items() for note in found]
+    path.with_suffix(".md").write_text(markdown(report["rows"]) + "\n\n" + "\n".join(notes) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Differentiable QP layers side by side: time of forward + backward, with the error of the gradients beside it.
 
-    python -m benchmarks.qp_layers [--quick] [--only dense sparse portfolio]
+    python -m benchmarks.qp_layers [--quick] [--only random portfolio sparse] [--sizes 10 50] [--goals] [--docs]
+
+``--only`` and ``--sizes`` time a part of the cases anew, ``--goals`` the methods of the table of goals, and keep what
+the results file has of the others. ``--large`` is n = 1,000 in batches of 64, against QPLayer alone. ``--docs`` also
+writes the table of docs/convex.md.
 
 One process, one thread, float64, methods interleaved round by round; two problems alternate, so that nothing computed
 for the last call serves the next. Timed is what a training step pays, from the six tensors to their six gradients:
@@ -21,7 +25,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -30,17 +36,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from benchmarks import qp_peers, qp_sparse
 from benchmarks.qp_problems import Problem, portfolio, random_qp, relative_error
 from benchmarks.tables import markdown
 from torch import Tensor
+
+from benchmarks import qp_peers, qp_sparse
 
 RESULTS = Path(__file__).parent / "results"
 Leaves = dict[str, Tensor]
 Run = Callable[[Leaves, Tensor, Problem], Tensor]
 OURS = "ours (auto)"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-PEERS = ("qpth", "proxsuite", "cvxpylayers", "moreau", "osqp", "daqp")
+PEERS = ("qpth", "proxsuite", "cvxpylayers", "moreau", "osqp", "daqp", "numba")
+KEY = ("case", "n", "batch", "active", "shared", "method")
+DOCS = Path(__file__).parents[1] / "docs" / "convex.md"
+MARKS = "<!-- table by benchmarks/qp_layers.py -->\n\n", "\n\n<!-- end of the table -->"
 
 
 def by_autograd(layer: qp_peers.Layer) -> Run:
@@ -91,7 +101,7 @@ def active_set_known(t: Leaves, g: Tensor, problem: Problem) -> Tensor:
     return x
 
 
-def dense_methods(problem: Problem) -> dict[str, Callable[[Problem], Run]]:
+def dense_methods(problem: Problem, goals_only: bool = False) -> dict[str, Callable[[Problem], Run]]:
     """Name -> maker; a method is left out of the cases for which it would need minutes."""
     batch, n = problem.x.shape
     work = batch * n**3
@@ -113,7 +123,8 @@ def dense_methods(problem: Problem) -> dict[str, Callable[[Problem], Run]]:
         table["cvxpylayers (diffcp)"] = auto(qp_peers.cvxpylayers)
     table["active set known"] = lambda _: active_set_known
     table["limit"] = lambda _: limit
-    return table
+    kept = {OURS, "active set known", "limit", *(goal[0] for goal in GOALS)} if goals_only else set(table)
+    return {name: make for name, make in table.items() if name in kept}
 
 
 def compare(
@@ -138,7 +149,7 @@ def compare(
         current = problems[k % len(problems)]
         g = torch.tensor(current.seed_gradient)
         for name, run in list(runs.items()):
-            spent = sum(times[name])
+            spent = sum(times[name][1:])  # the first call also loads libraries
             if spent > budget and (len(times[name]) >= 4 or spent > 4 * budget):
                 continue
             t = current.leaves()
@@ -151,10 +162,9 @@ def compare(
                 continue
             times[name].append(time.process_time() - start)
             last[name] = (x, t, current)
-        if all(sum(times[name]) > budget for name in runs):
+        if all(sum(times[name][1:]) > budget for name in runs):
             break
     for name, row in rows.items():
-        # The first call of each also loads its libraries.
         used = times.get(name, [])
         steady = used[1:] or used
         if not steady:
@@ -167,16 +177,17 @@ def compare(
     return list(rows.values())
 
 
-def dense_cases(quick: bool) -> list[tuple[dict, Callable[[int], Problem]]]:
+def dense_cases(quick: bool, large: bool) -> list[tuple[dict, Callable[[int], Problem]]]:
     sizes = [(10, 1), (10, 64)] if quick else [(n, k) for n in (10, 50, 100, 500) for k in (1, 64)] + [(1000, 1)]
+    sizes = [(1000, 64)] if large else sizes
     cases = []
     for n, batch in sizes:
         for active in (0.05, 0.4) if n * batch < 500 * 64 else (0.4,):
             for shared in (False, True) if batch > 1 and n <= 100 else (False,):
                 case = {"case": "random", "n": n, "batch": batch, "active": active, "shared": shared}
                 cases.append((case, partial(_random, n, batch, active, shared)))
-    for n in (20,) if quick else (50, 500):
-        for batch in (1, 64) if n < 500 else (1,):
+    for n in () if large else (20,) if quick else (50, 500):
+        for batch in (1, 64):
             case = {"case": "portfolio", "n": n, "batch": batch, "active": 0.3, "shared": True}
             cases.append((case, partial(_portfolio, n, batch)))
     return cases
@@ -223,6 +234,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes only, some seconds")
     parser.add_argument("--only", nargs="+", choices=("random", "portfolio", "sparse"), help="these cases only")
+    parser.add_argument("--sizes", nargs="+", type=int, help="these numbers of variables only")
+    parser.add_argument("--goals", action="store_true", help="the methods of the table of goals only")
+    parser.add_argument("--large", action="store_true", help="n = 1,000 in a batch of 64 (8 GB of memory)")
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/convex.md")
     parser.add_argument("--budget", type=float, default=0.5, help="seconds for each method and case")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -232,27 +247,75 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)  # QPLayer writes its gradients in the default dtype
     warnings.filterwarnings("ignore", module=r"(moreau|cvxpy|qpth|proxsuite|diffcp).*")
     path = options.out / "qp_layers.json"
-    kept = json.loads(path.read_text())["rows"] if options.only and path.exists() else []
-    kept = [r for r in kept if r["case"] not in (options.only or ())]
-    wanted = options.only or ("random", "portfolio", "sparse")
+    kept = json.loads(path.read_text())["rows"] if path.exists() and not options.quick else []
+    wanted = ("random",) if options.large else options.only or ("random", "portfolio", "sparse")
     budget = 0.2 if options.quick else options.budget
     rows: list[dict] = []
-    for case, make in dense_cases(options.quick):
-        if case["case"] in wanted:
-            problems = [make(seed) for seed in (0, 1)]
-            true = cache(Problem.gradients)
-            error = partial(_dense_error, true)
-            rows += compare(case, problems, dense_methods(problems[0]), budget, error)
+
+    def selected(case: dict) -> bool:
+        return case["case"] in wanted and (not options.sizes or case["n"] in options.sizes)
+
+    for case, make in dense_cases(options.quick, options.large):
+        if selected(case):
+            problems = [make(seed) for seed in ((0,) if case["n"] * case["batch"] > 500 * 64 else (0, 1))]
+            methods = dense_methods(problems[0], options.goals)
+            rows += compare(case, problems, methods, budget, partial(_dense_error, cache(Problem.gradients)))
             print(markdown([r for r in rows if case.items() <= r.items()]), flush=True)
     if "sparse" in wanted:
         for case, problems, methods in qp_sparse.cases(options.quick):
-            rows += compare(case, problems, methods, budget, qp_sparse.error)
-            print(markdown([r for r in rows if case.items() <= r.items()]), flush=True)
-    write(options.out, kept + rows)
+            if selected(case):
+                rows += compare(case, problems, methods, budget, qp_sparse.error)
+                print(markdown([r for r in rows if case.items() <= r.items()]), flush=True)
+    new = {tuple(r.get(k) for k in KEY) for r in rows}
+    rows += [r for r in kept if tuple(r.get(k) for k in KEY) not in new]
+    order = {"random": 0, "portfolio": 1, "sparse": 2}
+    rows.sort(key=lambda r: (order[r["case"]], r["n"], r["batch"], r["active"], r["shared"]))
+    write(options.out, rows)
+    if options.docs:
+        before, rest = DOCS.read_text().split(MARKS[0])
+        DOCS.write_text(before + MARKS[0] + summary(rows) + MARKS[1] + rest.split(MARKS[1])[1])
 
 
 def _dense_error(true: Callable, x: Tensor, t: Leaves, problem: Problem) -> tuple[float, float]:
     return relative_error(x, t, problem, true(problem))
+
+
+def summary(rows: list[dict]) -> str:
+    """One line for each case: the time of ours, and of the others in units of it; the largest errors below."""
+    shown = {"proxsuite QPLayer": "QPLayer", "OSQP recipe, 1e-5": "OSQP recipe"}
+    shown = {name: shown.get(name, name) for name in (*dict.fromkeys(goal[0] for goal in GOALS), "active set known")}
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[k] for k in KEY[:-1]), {})[row["method"]] = row
+    table = []
+    for (case, n, batch, active, shared), methods in cases.items():
+        ours = methods[OURS]
+        line = {"problem": case, "n": n, "batch": batch, "active": f"{100 * active:.0f} %"}
+        line |= {"shared": "yes" if shared and case != "sparse" else "", "ours, ms": f"{ours['ms']:.3g}"}
+        for name, head in shown.items():
+            ratio = methods.get(name, {}).get("peer/ours")
+            line[head] = "" if ratio is None else f"{ratio:.2g}"
+        table.append(line)
+    errors = []
+    for name in dict.fromkeys(r["method"] for r in rows):
+        # For a shared matrix qpth returns the mean of the batch's gradients and not their sum.
+        own = [
+            r for r in rows if r["method"] == name and r["case"] == "random" and not (name == "qpth" and r["shared"])
+        ]
+        worst = [max((r[k] for r in own if k in r), default=None) for k in ("x_error", "gradient_error")]
+        if None not in worst and name != "active set known":
+            errors.append({"largest relative error": name, "x": f"{worst[0]:.0e}", "gradients": f"{worst[1]:.0e}"})
+    return markdown(table) + "\n\n" + markdown(errors)
+
+
+def compile_seconds() -> list[float]:
+    """CPU seconds to import the compiled code: with an empty cache, and from the cache."""
+    code = "import time, torch, numba, newton_plugin.convex as c; t = time.process_time(); import {}; print({})"
+    code = code.format("newton_plugin.convex._compiled", "time.process_time() - t")
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        command = [sys.executable, "-c", code]
+        return [float(subprocess.check_output(command, env=environment)) for _ in range(2)]
 
 
 def _one_thread() -> dict[str, str]:
@@ -262,6 +325,8 @@ def _one_thread() -> dict[str, str]:
 def write(out: Path, rows: list[dict]) -> None:
     machine = {"torch": torch.__version__, "threads": 1, "cpu": platform.processor() or platform.machine()}
     machine |= {name: version(name) for name in PEERS}
+    first, later = compile_seconds()
+    machine |= {"compiling, s": f"{first:.1f} (the first time; {later:.2f} from the cache)"}
     reached = goals(rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "qp_layers.json").write_text(
@@ -270,7 +335,7 @@ def write(out: Path, rows: list[dict]) -> None:
     versions = ", ".join(f"{k} {v}" for k, v in machine.items())
     parts = [f"{versions}. Made by `python -m benchmarks.qp_layers`."]
     parts += ["## Goals\n", markdown(reached)] if reached else []
-    parts += ["## Everything\n", markdown(rows)]
+    parts += ["## Summary\n", "Peers: their time / ours.", summary(rows), "## Everything\n", markdown(rows)]
     (out / "qp_layers.md").write_text("\n\n".join(parts) + "\n")
     print(markdown(reached))
 

@@ -50,6 +50,7 @@ ORDER = [
     "_recorded",
     "_hook",
 ]
+OURS = {"newton_plugin", "newton_plugin_lightning", "newton_plugin_transformers"}
 ROOMS = {"algorithms", "convex", "bilevel"}
 
 
@@ -94,7 +95,7 @@ def test_outer_rooms_use_public_names_only(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         for name in imported(path):
             parts = name.split(".")
-            if parts[0] in ("newton_plugin", "newton_plugin_lightning") and parts[0] not in path.parts:
+            if parts[0] in OURS and parts[0] not in path.parts:
                 assert not any(p.startswith("_") for p in parts[1:]), f"{path} imports {name}"
 
 
@@ -112,7 +113,7 @@ def test_importing_is_light() -> None:
         "import sys, torch; before = set(sys.modules); import newton_plugin, newton_plugin.algorithms, "
         "newton_plugin.convex, newton_plugin.bilevel; "
         "heavy = {'pytorch_lightning', 'lightning', 'scipy', 'matplotlib', 'torchmetrics', 'sklearn', 'pandas', "
-        "'numba', 'daqp'}; "
+        "'numba', 'daqp', 'transformers', 'accelerate'}; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; print(sorted(new & heavy), "
         "'torch._dynamo' in set(sys.modules) - before)"
     )
@@ -130,6 +131,7 @@ def test_public_names() -> None:
     assert promised <= set(newton_plugin.__all__)
     errors = [getattr(newton_plugin, n) for n in newton_plugin.__all__ if n.endswith("Error")]
     for error in errors:
+        assert error.__module__ == "newton_plugin", "tracebacks show the name that can be imported"
         assert issubclass(error, newton_plugin.NewtonPluginError)
         assert error is newton_plugin.NewtonPluginError or issubclass(error, (ValueError, TypeError, RuntimeError))
 

@@ -7,9 +7,18 @@ Both ``pytorch_lightning`` and ``lightning.pytorch`` are supported, whichever is
 goes into either Trainer.
 """
 
+import difflib
+
 from newton_plugin_lightning._bases import LightningMissingError
 from newton_plugin_lightning._callback import NewtonLosses
 from newton_plugin_lightning._metrics import RankAccuracy
 from newton_plugin_lightning._path_metrics import CostRatio, PathAccuracy
 
 __all__ = ["CostRatio", "LightningMissingError", "NewtonLosses", "PathAccuracy", "RankAccuracy"]
+
+
+def __getattr__(name: str) -> object:
+    """A name that is not here, told with the one that was meant: jsonargparse shows this for a ``class_path``."""
+    meant = difflib.get_close_matches(name, __all__, n=1)
+    hint = f"; did you mean {meant[0]!r}?" if meant else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

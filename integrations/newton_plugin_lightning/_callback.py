@@ -48,7 +48,8 @@ class NewtonLosses(CallbackBase):
             instance, such as ``newton_plugin.AutoDamping(ratio=1.0)``.
         structure: How much of C is kept. "mean": one matrix for the batch, as in the paper. "per_sample": one
             for each sample. "isotropic": its mean eigenvalue only; the control that shows whether directions
-            matter.
+            matter. "diagonal": its diagonal, for wide outputs. "block": one matrix for each position of a sequence or
+            an image, whose features `feature_dims` names.
         power: 1 for a Newton step, 0.5 for the inverse square root of C (a whitening, as in Adam).
         reduction: How the loss reduces over the batch, "mean" or "sum".
         boundary: Where outputs end and the loss begins. "auto": the first operations with parameters, seen
@@ -62,6 +63,7 @@ class NewtonLosses(CallbackBase):
             how the batch is split, and a checkpoint holds the running curvature of rank 0 alone).
         log: Log gradient norm, step norm, extreme eigenvalues of C, damping and fallbacks through the
             Trainer's logger, as ``newton/...``, every ``log_every_n_steps``.
+        prog_bar: Show ``newton/step_norm`` in the progress bar, as often; also without a logger.
 
     Raises:
         ArgumentError: A value outside its rule, when the callback is made and not first in training.
@@ -73,7 +75,7 @@ class NewtonLosses(CallbackBase):
         *,
         curvature: Literal["fisher", "hessian", "norm", "auto"] | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Literal["mean", "per_sample", "isotropic"] = "mean",
+        structure: Literal["mean", "per_sample", "isotropic", "diagonal", "block"] = "mean",
         power: float = 1,
         reduction: Literal["mean", "sum"] = "mean",
         boundary: str | list[str] = "auto",
@@ -81,6 +83,7 @@ class NewtonLosses(CallbackBase):
         start_step: int = 0,
         sync: bool = True,
         log: bool = True,
+        prog_bar: bool = False,
     ) -> None:
         super().__init__()
         self.hook = LossHook(
@@ -96,6 +99,7 @@ class NewtonLosses(CallbackBase):
         self.start_step = _check_start_step(start_step)
         # Not `self.log`: Lightning puts the module's own `log` there, on every callback.
         self.log_diagnostics = _check_flag("log", log)
+        self.prog_bar = _check_flag("prog_bar", prog_bar)
         self._initial_state = copy.deepcopy(self.hook.state_dict())
         self._module: weakref.ref[nn.Module] | None = None
         self._forget_fit()
@@ -104,6 +108,7 @@ class NewtonLosses(CallbackBase):
         self._patch: MethodPatch | None = None
         self._attached = False
         self._hooked = False
+        self._log_now = False
         self._losses = 0
         self._compiled = False
 
@@ -168,15 +173,40 @@ class NewtonLosses(CallbackBase):
             # Not in setup: the module's own setup and configure_model may still add layers after it.
             self.hook.attach(module)
             self._attached = True
-        log_now = self.log_diagnostics and _logs_this_step(trainer)
+        self._log_now = self._logs_this_step(trainer)
         with self.hook.watch():
             output = self._uncompiled(original)(*args, **kwargs)
         if module.automatic_optimization:
             self._apply(trainer, output.get("loss") if isinstance(output, Mapping) else output)
-        if log_now and self._hooked:
-            values = {f"newton/{name}": value for name, value in self.hook.diagnostics().items()}
-            module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        else:
+            self._log(module)  # the step of manual optimization has run its backward passes itself
         return output
+
+    @override
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Log the numbers of the step that this backward pass has taken."""
+        if pl_module.automatic_optimization:
+            self._log(pl_module)
+
+    def _logs_this_step(self, trainer: Any) -> bool:
+        """True where Lightning's logger writes after this step: reading diagnostics waits for the device."""
+        every = trainer.log_every_n_steps
+        wanted = self.prog_bar or (self.log_diagnostics and bool(trainer.loggers))
+        if not wanted or trainer.barebones or every == 0:
+            return False
+        stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+        return (stepped + 1) % every == 0
+
+    def _log(self, module: Any) -> None:
+        if not (self._log_now and self._hooked):
+            return
+        self._log_now = False
+        to_logger = self.log_diagnostics and bool(module.trainer.loggers)
+        for name, value in self.hook.diagnostics().items():
+            in_bar = self.prog_bar and name == "step_norm"
+            if to_logger or in_bar:
+                where = {"logger": to_logger, "prog_bar": in_bar, "on_step": True, "on_epoch": False}
+                module.log(f"newton/{name}", value, batch_size=1, **where)
 
     def _uncompiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step as it was before ``torch.compile(module)``: compiled, it is one operation from batch to loss, and
@@ -219,15 +249,6 @@ class NewtonLosses(CallbackBase):
 def _is_training(trainer: Any) -> bool:
     """False in validation, which may call the module's own training_step: that is not ours to touch then."""
     return trainer.training and torch.is_grad_enabled()
-
-
-def _logs_this_step(trainer: Any) -> bool:
-    """True where Lightning's logger writes after this step: reading diagnostics waits for the device."""
-    every = trainer.log_every_n_steps
-    if not trainer.loggers or trainer.barebones or every == 0:
-        return False
-    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-    return (stepped + 1) % every == 0
 
 
 def _check_start_step(value: Any) -> int:

@@ -10,7 +10,7 @@ output space and train on the quadratic surrogate. Three doors:
 
 from newton_plugin import testing
 from newton_plugin._closed_form import with_hessian
-from newton_plugin._curvature import Curvature, EmpiricalFisher, SoftNormalization
+from newton_plugin._curvature import Curvature, CurvatureStep, EmpiricalFisher, SoftNormalization
 from newton_plugin._damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._errors import (
     ArgumentError,
@@ -40,6 +40,7 @@ __all__ = [
     "Averaging",
     "BatchCoupledError",
     "Curvature",
+    "CurvatureStep",
     "Damping",
     "EmpiricalFisher",
     "Hessian",

@@ -74,6 +74,11 @@ class OutputsTooLargeError(NewtonPluginError, RuntimeError):
     """A dense curvature of these outputs would not fit in memory."""
 
 
+# Tracebacks show the name that can be imported.
+for _error in (NewtonPluginError, *NewtonPluginError.__subclasses__()):
+    _error.__module__ = "newton_plugin"
+
+
 def check_choice(name: str, value: Any, choices: Sequence[Any], hint: str = "") -> None:
     """Raise :class:`ArgumentError` unless ``value`` is one of ``choices``."""
     if not any(type(value) is type(c) and value == c for c in choices):

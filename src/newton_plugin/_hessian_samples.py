@@ -19,7 +19,7 @@ from newton_plugin._solve import eigenvalue_scale, finite_or_identity, repaired_
 
 __all__ = ["PER_SAMPLE_FEATURES", "per_sample_step", "probe_samples"]
 
-PER_SAMPLE_FEATURES = 128  # up to here every H_i is formed by m products; above, Krylov spaces take 5 to 33
+PER_SAMPLE_FEATURES = 128  # up to here every H_i is formed by m products; above, Krylov spaces take 5 to 17
 _SMALL_FEATURES = 16  # up to here a known diagonal plus rank one is formed all the same: C is there to be looked at
 
 

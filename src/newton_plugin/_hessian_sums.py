@@ -23,7 +23,7 @@ from newton_plugin._solve import identity_rows
 
 __all__ = ["DirectForms", "dense_sum", "diagonal_sum", "probe_sum", "sample_hessians", "trace_sum"]
 
-_CHUNK_ELEMENTS = 2**24  # of (K, N, m), probes taken at once
+_CHUNK_ELEMENTS = 2**21  # of (K, N, m), probes taken at once: 16 MiB, and what the loss makes of them
 _EXACT_DIAGONAL = 256  # features up to which a diagonal is had from m probes; above, estimated from a few
 _DIAGONAL_PROBES = 8
 

@@ -174,7 +174,8 @@ class LossHook:
         if loss.grad_fn is None:
             raise NoGradientError(
                 "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
-                "is frozen. Pass the loss on which you would call backward()."
+                "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
+                "the loss on which you would call backward(); newton_plugin.algorithms has losses for rankings and paths."
             )
         stepped = preconditioned_edges(loss.grad_fn)
         if stepped and not self._names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -232,7 +233,9 @@ def no_such_name(name: str, module: nn.Module) -> str:
     """A message that lists what could have been meant."""
     names = [n for n, _ in module.named_modules() if n]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    near = difflib.get_close_matches(name, names, 1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
     return (
         f"boundary={name!r} names neither a submodule nor a method of {type(module).__name__}, nor a function of "
-        f"torch.nn.functional. Its submodules: {shown or 'none'}. boundary='auto' needs no name."
+        f"torch.nn.functional.{meant} Its submodules: {shown or 'none'}. boundary='auto' needs no name."
     )

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newton_plugin._solve import Inverse, shifted_eigenvalues
+from newton_plugin._solve import Inverse
 
 __all__ = ["RANK", "Sketch", "probes_for", "random_signs", "sketch", "sketch_of_rows"]
 
@@ -55,7 +55,8 @@ class Sketch:
         return self.size
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
-        scaled = shifted_eigenvalues(torch.cat([self.values, self.rest.reshape(1)]), damping).pow(-power)
+        # |l| at once: see _krylov.
+        scaled = (torch.cat([self.values, self.rest.reshape(1)]).abs() + damping).pow(-power)
         inside, outside = scaled[:-1], scaled[-1]
         return lambda g: outside * g + ((g @ self.vectors.mT) * (inside - outside)) @ self.vectors
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from newton_plugin import _errors as errors
 from newton_plugin.algorithms import SortingNetwork
 from newton_plugin.algorithms._layers import LAYOUTS, schedule
-from newton_plugin.algorithms._swaps import SWAPS, log_swap, swap
+from newton_plugin.algorithms._swaps import SWAPS, log_swap, log_swap_slopes, swap, swap_slope
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_swap = pytest.mark.parametrize("name", SWAPS)
@@ -127,6 +127,21 @@ def test_swaps_are_distribution_functions_and_their_logarithms_are_right(name: s
     step = 1e-6
     numeric = (log_swap(name, x + step)[0] - log_swap(name, x - step)[0]).detach() / (2 * step)
     torch.testing.assert_close(slope, numeric, rtol=1e-5, atol=1e-7)
+
+
+@every_swap
+def test_the_slopes_written_down_are_those_of_autograd(name: str) -> None:
+    x = torch.cat((torch.linspace(-60, 60, 241).double(), torch.tensor([-1e7, -41.0, -0.25, 0.25, 1e7]).double()))
+    x.requires_grad_()
+    (slope,) = torch.autograd.grad(swap(name, x).sum(), x)
+    torch.testing.assert_close(swap_slope(name, x), slope, rtol=1e-9, atol=1e-15)
+    logs = log_swap(name, x)
+    written = log_swap_slopes(name, x.detach(), *(log.detach() for log in logs))
+    for log, first, second in zip(logs, written[::2], written[1::2], strict=True):
+        (slope,) = torch.autograd.grad(log.sum(), x, create_graph=True)
+        torch.testing.assert_close(first, slope.detach(), rtol=1e-9, atol=1e-14)
+        (bend,) = torch.autograd.grad(slope.sum(), x, retain_graph=True)
+        torch.testing.assert_close(second, bend, rtol=1e-7, atol=1e-12)
 
 
 def test_half_precision_and_autocast() -> None:

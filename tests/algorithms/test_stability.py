@@ -83,7 +83,7 @@ def test_float32_agrees_with_80_digits(method: str, case: str) -> None:
     x, r = torch.tensor(scores), torch.tensor(ranks)
     assert x.dtype == torch.float32
     # The Gaussian's logarithms are squares: (10 * 1e6)^2/2 is more than float64 can tell from its neighbours.
-    rtol = 1e-2 if "gaussian" in method and max(map(abs, scores)) >= 1e5 else 1e-4
+    rtol = 1e-3 if "gaussian" in method and max(map(abs, scores)) >= 1e6 else 1e-4
     _close(loss(x, r), [value], "loss")
     _close(torch.func.grad(loss)(x, r), gradient, "gradient", rtol)
     _close(torch.func.hessian(loss)(x, r), [h for row in hessian for h in row], "Hessian", rtol)

@@ -10,7 +10,7 @@ from tests.convex.problems import known_qp
 from torch import Tensor
 
 from newton_plugin import ArgumentError, ArgumentTypeError, NoGradientError, ShapeError
-from newton_plugin.convex import ProblemFailedError, solve_qp
+from newton_plugin.convex import ProblemFailedError, _sparse_system, solve_qp
 
 pytest.importorskip("scipy.sparse")
 
@@ -123,3 +123,35 @@ def test_messages() -> None:
         solve_qp(Q.to_sparse(), p, solver=lambda *data: None)
     with pytest.raises(ArgumentError, match="no dense Jacobian"):
         solve_qp(Q.to_sparse(), p).jacobian("p")
+
+
+def test_without_any_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block exchanges from no active rows at all, with scipy alone."""
+    monkeypatch.setattr(_sparse_system, "_AUTOMATIC", ())
+    for seed in range(3):
+        known = known_qp(12, 2, 15, active=0.3, condition=10.0, seed=seed)
+        Q, p, A, b, G, h = (t for t in known.data if t is not None)
+        solution = solve_qp(Q.to_sparse(), p, A.to_sparse(), b, G.to_sparse(), h)
+        assert solution.solver == "pivoting"
+        assert (solution.x - known.x).abs().max() < 1e-10
+
+
+def test_redundant_rows_leave_x_exact() -> None:
+    known = known_qp(10, 2, 12, active=0.3, condition=10.0, seed=5)
+    Q, p, A, b, G, h = (t for t in known.data if t is not None)
+    p = p.requires_grad_()
+    A2, b2, G2, h2 = (torch.cat([t, t[:2]]) for t in (A, b, G, h))
+    solution = solve_qp(Q.to_sparse(), p, A2.to_sparse(), b2, G2.to_sparse(), h2)
+    assert (solution.x - known.x).abs().max() < 1e-9
+    ours, theirs = (torch.autograd.grad(x.sum(), p)[0] for x in (solution.x, solve_qp(Q, p, A, b, G, h).x))
+    assert (ours - theirs).abs().max() < 1e-8
+
+
+def test_second_derivatives_of_a_loss_are_the_closed_form() -> None:
+    Q, p, A, b, G, h = (t for t in known_qp(10, 2, 8, active=0.3, seed=6).data if t is not None)
+    p = p.requires_grad_()
+    x = solve_qp(Q.to_sparse(), p, A.to_sparse(), b, G.to_sparse(), h).x
+    (g,) = torch.autograd.grad(x.square().sum(), p, create_graph=True)
+    H = torch.stack([torch.autograd.grad(entry, p, retain_graph=True)[0] for entry in g])
+    closed = solve_qp(Q, p.detach(), A, b, G, h).hessian(2 * torch.eye(10, dtype=torch.float64))
+    assert (H - closed).abs().max() < 1e-9

@@ -136,18 +136,6 @@ BOUNDARIES = (
         model=Retained,
     ),
     Fault(
-        "the same, curvature='hessian' of a loss without a closed form",
-        "y.retain_grad()",
-        NOTHING,
-        ("definition", "retained"),
-        quartic,
-        options=HESSIAN,
-        model=Retained,
-        known_issues=dict.fromkeys(
-            HOOKED, "y.grad holds the gradients of the package's own pass as well; use y.register_hook"
-        ),
-    ),
-    Fault(
         "a module's backward hook on the head",
         "head.register_full_backward_pre_hook, which triples the gradient",
         NOTHING,

@@ -12,9 +12,10 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, check_choice
+from newton_plugin.algorithms._any_length import AnyLengthNetwork
 from newton_plugin.algorithms._neural_sort import NeuralSort, neural_sort
 from newton_plugin.algorithms._soft_sort import SoftSort, soft_sort
-from newton_plugin.algorithms._sorting_network import AnyLengthNetwork, SortingNetwork
+from newton_plugin.algorithms._sorting_network import SortingNetwork
 
 __all__ = ["LogProbabilities", "Method", "matrix", "resolve"]
 

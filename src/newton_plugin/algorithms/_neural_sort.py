@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ShapeError, check_floating, check_positive
+from newton_plugin.algorithms._list_loss import row_weight
 from newton_plugin.algorithms._log_domain import log_softmax_and_complement, log_zero, wide
+from newton_plugin.algorithms._row_logits import NeuralSortLogits
+from newton_plugin.algorithms._row_loss import RowLoss
 
 __all__ = ["NeuralSort", "check_scores", "neural_sort"]
 
@@ -91,6 +94,10 @@ class NeuralSort:
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""
         return log_softmax_and_complement(self._logits(scores, scores.shape[-1], lengths))
+
+    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> RowLoss:
+        """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
+        return RowLoss(NeuralSortLogits(wide(scores), self.temperature, lengths), target, row_weight(scores, lengths))
 
     def _logits(self, scores: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
         check_scores(scores)

@@ -38,6 +38,10 @@ class Lists(Protocol):
         """The way back."""
         ...
 
+    def adjoint(self, state: Tensor) -> Tensor:
+        """As ``place``, but 0 where no element of the list lies: what reaches ``take`` from there is dropped."""
+        ...
+
 
 class OddEvenLists:
     """See the module."""
@@ -56,6 +60,9 @@ class OddEvenLists:
         return (second < self._lengths) & (depth < self._lengths)
 
     def take(self, state: Tensor) -> Tensor:
+        return state
+
+    def adjoint(self, state: Tensor) -> Tensor:
         return state
 
 
@@ -84,6 +91,10 @@ class BitonicLists:
 
     def take(self, state: Tensor) -> Tensor:
         return self._moved(state, self._wire - self._resting + self._start)
+
+    def adjoint(self, state: Tensor) -> Tensor:
+        inside = (self._wire >= self._start) & (self._wire < self._end)
+        return self.place(state) * inside.unsqueeze(1)
 
     def _moved(self, state: Tensor, source: Tensor) -> Tensor:
         # What is clamped lies on wires that no active pair touches, or is dropped in the end.

@@ -10,12 +10,16 @@ Both logarithms come from the method itself, never from ``P``: see ``_log_domain
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from newton_plugin._closed_form import with_hessian
 from newton_plugin._errors import ArgumentTypeError, ShapeError, check_choice, check_floating
+from newton_plugin.algorithms._list_loss import ListLoss, Ranking, plain_list_loss
+from newton_plugin.algorithms._log_domain import wide
 from newton_plugin.algorithms._methods import LogProbabilities, Method, matrix, resolve
 
 __all__ = ["RankingLoss"]
@@ -75,46 +79,68 @@ class RankingLoss(torch.nn.Module):
     def forward(self, scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of ``scores`` (..., n) given ``ranks`` (..., n)."""
         _check(scores, ranks, mask)
+        hessian: Callable[[], Tensor] | None = None
         if scores.shape[-1] == 1:
             loss = 0.0 * torch.nan_to_num(scores.squeeze(-1))  # one element is always in order
-        elif mask is None:
-            loss = self._entries(scores, _targets(ranks)).mean((-2, -1))
+        elif isinstance(self.method, LogProbabilities):
+            loss, hessian = self._lists(scores, ranks, mask)
         else:
-            loss = self._masked(scores, ranks, mask)
+            loss = self._of_matrix(scores, ranks, mask)
+        count = loss.numel()
         if self.reduction == "mean":
             loss = loss.mean()
         elif self.reduction == "sum":
             loss = loss.sum()
-        return loss.to(torch.float32 if scores.element_size() < 4 else scores.dtype)
+        loss = loss.to(torch.float32 if scores.element_size() < 4 else scores.dtype)
+        if hessian is None or scores.ndim != 2:
+            return loss
+        of_each = hessian
+        return with_hessian(loss, scores, lambda: of_each() / (count if self.reduction == "mean" else 1))
 
-    def _entries(self, scores: Tensor, target: Tensor, *lengths: Tensor) -> Tensor:
-        if isinstance(self.method, LogProbabilities):
-            log_p, log_q = self.method.log_probabilities(scores, *lengths)
-            return -(target * log_p + (1 - target) * log_q)
-        if lengths:
+    def _lists(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """The loss of each list, (...,), and what gives their Hessians, if the method can and somebody might ask."""
+        lengths = order = None
+        if mask is not None:
+            # Present elements first, in their order; then a list of length m is the first m places.
+            order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
+            scores = scores.masked_fill(~mask, 0.0).gather(-1, order)
+            ranks = ranks.long().masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
+            lengths = mask.sum(-1)
+        target = _targets(ranks)
+        needed = torch.is_grad_enabled() and scores.requires_grad
+        if not needed or torch.compiler.is_compiling() or not isinstance(self.method, Ranking):
+            return plain_list_loss(self.method, scores, target, lengths), None
+        shape, seen = scores.shape, []
+        flat = (scores.unsqueeze(0).flatten(0, -2), target.unsqueeze(0).flatten(0, -3))
+        with torch.autocast(scores.device.type, enabled=False):
+            loss, _ = ListLoss.apply(*flat, None if lengths is None else lengths.flatten(), self.method, seen)
+        loss = loss.reshape(shape[:-1])
+        if not seen:  # inside a transform of torch.func, which asks for derivatives in its own way
+            return loss, None
+        hessian = seen[0].hessian
+        return loss, hessian if order is None else lambda: _reordered(hessian(), order)
+
+    def _of_matrix(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
             raise ArgumentTypeError(
                 f"mask needs a method that knows list lengths; got the callable {self.method!r}. "
                 "Use one of the methods given by name."
             )
         p = matrix(self.method, scores)
-        return torch.nn.functional.binary_cross_entropy(p.clamp(0, 1), target.to(p.dtype), reduction="none")
+        target = _targets(ranks).to(p.dtype)
+        return torch.nn.functional.binary_cross_entropy(p.clamp(0, 1), target, reduction="none").mean((-2, -1))
 
-    def _masked(self, scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
-        # Present elements first, in their order; then a list of length m is the first m places.
-        order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
-        scores = scores.masked_fill(~mask, 0.0).gather(-1, order)
-        ranks = ranks.long().masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
-        lengths = mask.sum(-1)
-        present = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
-        entries = self._entries(scores, _targets(ranks), lengths)
-        entries = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), entries, 0.0)
-        return entries.sum((-2, -1)) / lengths.square().clamp(min=1)
+
+def _reordered(hessian: Tensor, order: Tensor) -> Tensor:
+    """Row and column k to where ``order`` has them from."""
+    back = order.argsort(-1).unsqueeze(-1).expand_as(hessian)
+    return hessian.gather(-2, back).gather(-1, back.mT)
 
 
 def _targets(ranks: Tensor) -> Tensor:
     # Position i holds the element whose rank equals the i-th smallest rank; with ties several do, equally.
     hit = ranks.sort(dim=-1).values.unsqueeze(-1) == ranks.unsqueeze(-2)
-    return hit / hit.sum(-1, keepdim=True)
+    return wide(hit) / hit.sum(-1, keepdim=True)
 
 
 def _check(scores: Tensor, ranks: Tensor, mask: Tensor | None) -> None:

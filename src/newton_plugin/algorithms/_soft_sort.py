@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import check_choice, check_positive
+from newton_plugin.algorithms._list_loss import row_weight
 from newton_plugin.algorithms._log_domain import log_softmax_and_complement, log_zero, wide
 from newton_plugin.algorithms._neural_sort import check_scores
+from newton_plugin.algorithms._row_logits import SoftSortLogits
+from newton_plugin.algorithms._row_loss import RowLoss
 
 __all__ = ["SoftSort", "soft_sort"]
 
@@ -90,6 +93,12 @@ class SoftSort:
         else:
             z = d * d * (-4 / self.temperature)
         return torch.softmax(z, dim=-1).to(scores.dtype)
+
+    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> RowLoss:
+        """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
+        return RowLoss(
+            SoftSortLogits(wide(scores), self.temperature, self.p, lengths), target, row_weight(scores, lengths)
+        )
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""

@@ -25,19 +25,20 @@ p_b). So ``log(1 - P)`` is the chain applied to ``log(1 - I)``, and nothing is e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_positive
 from newton_plugin.algorithms._layers import LAYOUTS, Layer, join, schedule, split
+from newton_plugin.algorithms._list_loss import row_weight
 from newton_plugin.algorithms._log_domain import log_zero, wide
+from newton_plugin.algorithms._network_chain import Chain
+from newton_plugin.algorithms._network_loss import InChunks, NetworkLoss, chunk_of
 from newton_plugin.algorithms._neural_sort import check_scores
 from newton_plugin.algorithms._ragged import BitonicLists, Lists, OddEvenLists
 from newton_plugin.algorithms._swaps import SWAPS, log_swap, swap
 
-__all__ = ["AnyLengthNetwork", "SortingNetwork"]
+__all__ = ["SortingNetwork"]
 
 
 class SortingNetwork(torch.nn.Module):
@@ -95,23 +96,41 @@ class SortingNetwork(torch.nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """``(sorted, P)`` of scores (..., n)."""
         x = self._prepare(scores)
-        state = self._columns(torch.eye(self.n, dtype=x.dtype, device=x.device), x)
-        if self.n < 64:
-            # The values ride along as one more column: one chain gives the shares and P (fewer operations).
-            state = torch.cat((state, x), 1)
-            for layer, slope in zip(self._layers, self._slopes(x), strict=True):
-                a, b = split(state, layer)
-                gap = b - a
-                move = self._share(gap[..., self.n :, :], slope) * gap
-                state = join(a + move, b - move, state, layer)
-            state = state.narrow(1, 0, self.n)
-        else:
-            _, shares = self._swap_shares(x)
-            for layer, q in zip(self._layers, shares, strict=True):
-                state = _apply(q, state, layer)
+        # Compiled, ordinary operations are fused; else there are few of them.
+        state = self.plain_chain(x) if torch.compiler.is_compiling() else Chain.apply(x, self)[0]
         p = self._lists(state, scores)
         values = (p * scores.to(p.dtype).unsqueeze(-2)).sum(-1)  # exact where P is 0 or 1
         return values.to(scores.dtype), p.to(scores.dtype)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Of comparators, in the order in which they act."""
+        return self._layers
+
+    @property
+    def rides(self) -> bool:
+        """Whether the values are one more column of P: fewer operations. Long lists: they go first, in float64."""
+        return self.n < 64
+
+    def identity(self, x: Tensor) -> Tensor:
+        """(wires, n, lists), for values x (wires, 1, lists)."""
+        return self._columns(torch.eye(self.n, dtype=x.dtype, device=x.device), x)
+
+    def plain_chain(self, x: Tensor) -> Tensor:
+        """P as a state (wires, n, lists), in operations that anything can differentiate."""
+        state = self.identity(x)
+        if not self.rides:
+            _, shares = self._swap_shares(x)
+            for layer, q in zip(self._layers, shares, strict=True):
+                state = _apply(q, state, layer)
+            return state
+        state = torch.cat((state, x), 1)
+        for layer, slope in zip(self._layers, self.slopes(x), strict=True):
+            a, b = split(state, layer)
+            gap = b - a
+            move = self._share(gap[..., self.n :, :], slope) * gap
+            state = join(a + move, b - move, state, layer)
+        return state.narrow(1, 0, self.n)
 
     def sort(self, scores: Tensor) -> Tensor:
         """The sorted values alone, ``P @ scores``, without P: (..., n) -> (..., n)."""
@@ -141,7 +160,7 @@ class SortingNetwork(torch.nn.Module):
         lists = None if lengths is None or not self._layers else self._ragged(lengths.flatten(), x.shape[0])
         if lists is not None:
             x, state = lists.place(x), lists.place(state)
-        for depth, (layer, slope) in enumerate(zip(self._layers, self._slopes(x), strict=True)):
+        for depth, (layer, slope) in enumerate(zip(self._layers, self.slopes(x), strict=True)):
             a, b = split(x, layer)
             if lists is not None:
                 active, slope = lists.active(layer, depth), lists.slope(layer, depth, slope)
@@ -157,6 +176,39 @@ class SortingNetwork(torch.nn.Module):
             state = join(_log_add(log_v + p, log_q + r), _log_add(log_q + p, log_v + r), state, layer)
         log_p, log_rest = (state if lists is None else lists.take(state)).chunk(2, 1)
         return self._lists(log_p, scores), self._lists(log_rest, scores)
+
+    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
+        """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
+
+        def part(lists: slice) -> NetworkLoss:
+            return self._loss(scores[lists], target[lists], None if lengths is None else lengths[lists])
+
+        wires = self.n + self._resting
+        return InChunks(part, scores.shape[0], 8 * chunk_of(scores, 2 * wires * self.n))
+
+    def _loss(self, scores: Tensor, target: Tensor, lengths: Tensor | None) -> NetworkLoss:
+        x = wide(self._prepare(scores))
+        weights = torch.cat((target, 1 - target), -1) * row_weight(scores, lengths)
+        directions = torch.eye(self.n, dtype=x.dtype, device=x.device)
+        states = [x, self._log_identity(x), self._columns(directions, x)]
+        slopes = self.slopes(x)
+        active: list[Tensor | None]
+        if lengths is None:
+            active = [s != 0 if isinstance(s, Tensor) and self._resting else None for s in slopes]
+            place = take = adjoint = lambda state: state
+        else:
+            present = torch.arange(self.n, device=x.device) < lengths.unsqueeze(-1)
+            weights = weights * torch.cat((present, present), -1).unsqueeze(-2)
+            lists = self._ragged(lengths, x.shape[0])
+            slopes = [
+                lists.slope(layer, depth, s) for depth, (layer, s) in enumerate(zip(self._layers, slopes, strict=True))
+            ]
+            active = [lists.active(layer, depth) for depth, layer in enumerate(self._layers)]
+            place, take, adjoint = lists.place, lists.take, lists.adjoint
+        x, logs, directions = (place(state) for state in states)
+        weights = adjoint(self._rest(weights.permute(1, 2, 0).neg()))
+        restore = lambda state: self._lists(take(state), scores)  # noqa: E731
+        return NetworkLoss(x, logs, weights, self._layers, slopes, active, self.swap, directions, restore)
 
     def _ragged(self, lengths: Tensor, wires: int) -> Lists:
         if self.layout == "odd_even":
@@ -185,9 +237,9 @@ class SortingNetwork(torch.nn.Module):
 
     def _rest(self, state: Tensor) -> Tensor:
         """Zeros for the wires that rest, before the real ones."""
-        return torch.nn.functional.pad(state, (0, 0, 0, 0, self._resting, 0)) if self._resting else state
+        return torch.cat((state.new_zeros(self._resting, *state.shape[1:]), state)) if self._resting else state
 
-    def _slopes(self, x: Tensor) -> Iterable[float | Tensor]:
+    def slopes(self, x: Tensor) -> list[float | Tensor]:
         """For each layer what x = slope * (a - b) goes into the swap: minus the steepness, by direction.
 
         One number where every pair goes the same way; else (blocks, step, 1, 1), with 0 where a pair rests.
@@ -206,7 +258,7 @@ class SortingNetwork(torch.nn.Module):
         """Sorted values (wires, 1, lists), and the share q (blocks, step, 1, lists) of each layer; float64 inside."""
         dtype, shares = x.dtype, []
         x = wide(x)
-        for layer, slope in zip(self._layers, self._slopes(x), strict=True):
+        for layer, slope in zip(self._layers, self.slopes(x), strict=True):
             a, b = split(x, layer)
             q = self._share(b - a, slope)
             shares.append(q.to(dtype))
@@ -226,43 +278,6 @@ class SortingNetwork(torch.nn.Module):
         one = torch.eye(self.n, dtype=torch.bool, device=x.device)
         logs = torch.zeros(self.n, 2 * self.n, dtype=x.dtype, device=x.device)
         return self._columns(logs.masked_fill(torch.cat((~one, one), -1), log_zero(x)), x)
-
-
-class AnyLengthNetwork:
-    """A sorting network for whatever length the scores have; one is built and kept per length and device."""
-
-    def __init__(self, layout: str = "odd_even", swap: str = "logistic", steepness: float = 10.0) -> None:
-        self._arguments = (layout, swap, steepness)
-        self._networks: dict[tuple[int, torch.device], SortingNetwork] = {}
-        SortingNetwork(1, *self._arguments)  # a wrong argument fails here, not at the first batch
-
-    def __repr__(self) -> str:
-        layout, swap, steepness = self._arguments
-        return f"SortingNetwork(layout={layout!r}, swap={swap!r}, steepness={steepness})"
-
-    def of(self, scores: Tensor) -> SortingNetwork:
-        """The network for lists of this length, on this device."""
-        check_scores(scores)
-        key = (scores.shape[-1], scores.device)
-        if key not in self._networks:
-            self._networks[key] = SortingNetwork(key[0], *self._arguments).to(scores.device)
-        return self._networks[key]
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """P: scores (..., n) -> (..., n, n)."""
-        return self.of(scores)(scores)[1]
-
-    def rows(self, scores: Tensor, k: int) -> Tensor:
-        """The first k rows of P."""
-        return self.of(scores).rows(scores, k)
-
-    def ranks(self, scores: Tensor) -> Tensor:
-        """Soft ranks, without P."""
-        return self.of(scores).ranks(scores)
-
-    def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(log P, log(1 - P))``."""
-        return self.of(scores).log_probabilities(scores, lengths)
 
 
 def _apply(q: Tensor, state: Tensor, layer: Layer) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_floating
+from newton_plugin.convex._products import round_up
 
-__all__ = ["batch_shape", "check_data", "check_options", "check_pairs", "flat_matrix", "flat_vector", "stack_rows"]
+__all__ = ["batch_shape", "check_data", "check_options", "check_pairs", "flat_matrix", "flat_vector", "standard_form"]
 
 _UNBOUNDED = 1e300  # stands for h = +inf, which would make NaNs in products
 
@@ -33,18 +34,21 @@ def check_data(
         if matrix is not None and vector is not None:
             _check_shape(names[0], matrix, (vector.shape[-1], n), f"{names[1]} and p")
     given = [t for t in (Q, p, A, b, G, h) if t is not None]
-    if len({t.device for t in given}) > 1:
+    if any(t.device != p.device for t in given):
         raise ArgumentError(
             f"all arguments must be on one device; got {', '.join(sorted({str(t.device) for t in given}))}."
         )
-    dtype = given[0].dtype
-    for t in given[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
+    dtype = p.dtype
+    for t in given:
+        if t.dtype != dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
     work = torch.float32 if p.device.type == "mps" else torch.float64
-    none = (p.new_zeros(0, n, dtype=work), p.new_zeros(0, dtype=work))
-    A, b = (none[0], none[1]) if A is None or b is None else (A.to(work), b.to(work))
-    G, h = (none[0], none[1]) if G is None or h is None else (G.to(work), h.to(work))
-    return Q.to(work), p.to(work), A, b, G, h, dtype
+    if A is None or b is None:
+        A, b = p.new_zeros(0, n, dtype=work), p.new_zeros(0, dtype=work)
+    if G is None or h is None:
+        G, h = p.new_zeros(0, n, dtype=work), p.new_zeros(0, dtype=work)
+    Q, p, A, b, G, h = (t if t.dtype == work else t.to(work) for t in (Q, p, A, b, G, h))
+    return Q, p, A, b, G, h, dtype
 
 
 def check_pairs(p: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None) -> None:
@@ -95,7 +99,7 @@ def flat_vector(tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor.expand(*shape, tensor.shape[-1]).reshape(shape.numel(), tensor.shape[-1])
 
 
-def stack_rows(
+def _stack_rows(
     A: Tensor, b: Tensor, G: Tensor, h: Tensor, n: int, rows: int, shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
     """C (K, n) or (B, K, n) and c (B, K), with rows ``0 x <= 1`` up to a multiple of 8."""
@@ -114,3 +118,22 @@ def stack_rows(
     h = h.clamp(-_UNBOUNDED, _UNBOUNDED)
     c = torch.cat((flat_vector(b, shape), flat_vector(h, shape), b.new_ones(batch, missing)), -1)
     return C, c
+
+
+def standard_form(
+    Q: Tensor, p: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Q, p, C, c of ``_problem``: an even number of variables, and rows up to a multiple of 8 (see ``_products``).
+
+    The variable that is one too many is minimised by itself, at 0.
+    """
+    n = p.shape[-1]
+    even, rows = round_up(n, 2), round_up(max(b.shape[-1] + h.shape[-1], 1), 8)
+    if even != n:
+        Q = torch.nn.functional.pad(Q, (0, 1, 0, 1))
+        last = torch.zeros_like(Q[..., 0, :])
+        last[..., -1] = 1.0
+        Q = Q + torch.diag_embed(last)
+        p = torch.nn.functional.pad(p, (0, 1))
+    C, c = _stack_rows(A, b, G, h, even, rows, shape)
+    return flat_matrix(Q, shape), flat_vector(p, shape), C, c

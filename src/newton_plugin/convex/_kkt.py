@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from newton_plugin.convex._factors import Factors
 from newton_plugin.convex._products import cholesky_apply, times, times_transposed
 from newton_plugin.convex._status import NestedForwardError
 
-__all__ = ["KKTSolve", "flatten_mapped", "kkt_apply"]
+__all__ = ["KKTSolve", "flatten_mapped", "kkt_apply", "under_transform"]
 
 
 def _scatter(values: Tensor, factors: Factors, count: int) -> Tensor:
@@ -149,6 +150,16 @@ class KKTSolve(torch.autograd.Function):
         ]
         out = KKTSolve.apply(*flat)
         return tuple(u.unflatten(0, (size, batch)) for u in out), (0, 0)
+
+
+def under_transform() -> bool:
+    """Whether plain tensors cannot be counted on: a transform of torch.func, forward mode, or ``is_grads_batched``."""
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
+    if functorch.peek_interpreter_stack() is not None or getattr(forward_ad, "_current_level") >= 0:  # noqa: B009
+        return True
+    batched = torch._C._vmapmode_increment_nesting() > 1  # type: ignore[attr-defined]
+    torch._C._vmapmode_decrement_nesting()  # type: ignore[attr-defined]
+    return batched
 
 
 def _refuse_nested_forward() -> None:

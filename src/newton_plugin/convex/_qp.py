@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,13 @@ from newton_plugin.convex._arguments import (
     check_pairs,
     flat_matrix,
     flat_vector,
-    stack_rows,
+    standard_form,
 )
 from newton_plugin.convex._factors import Factors
 from newton_plugin.convex._implicit import FindActiveSet, Request
-from newton_plugin.convex._kkt import KKTSolve
-from newton_plugin.convex._products import round_up
+from newton_plugin.convex._kkt import KKTSolve, under_transform
 from newton_plugin.convex._solution import QPSolution
-from newton_plugin.convex._solvers import Solver
+from newton_plugin.convex._solvers import Solver, prefers_compiled
 from newton_plugin.convex._sparse import is_sparse, solve_sparse
 
 __all__ = ["BPQPLayer", "solve_qp"]
@@ -46,15 +47,17 @@ def solve_qp(
         p: (..., n).
         A, b: (..., m, n) and (..., m), or None: no equalities.
         G, h: (..., k, n) and (..., k), or None: no inequalities; entries of h may be ``inf``.
-        solver: ``"auto"``, ``"torch"``, ``"daqp"``, ``"piqp"``, ``"clarabel"``, ``"osqp"``, a
+        solver: ``"auto"``, ``"numba"``, ``"torch"``, ``"daqp"``, ``"piqp"``, ``"clarabel"``, ``"osqp"``, a
             :class:`QPSolver`, or a callable ``(Q, p, A, b, G, h) -> (x, nu, lam)``.
         reg: adds ``reg/2 |x|^2``; makes the solution of a linear program unique and differentiable.
         refine: a step of iterative refinement: ``"auto"`` where Q is ill-conditioned, True, or False.
         on_failure: what happens where there is no solution: ``"raise"``, ``"warn"`` or ``"nan"``; the last two
             give x = NaN there. The other problems of the batch are solved as if alone.
 
-    What becomes of its neighbours does not change a solved problem of a batch: with up to 24 rows of constraints
-    it is bit-equal to being solved alone, beyond that equal to rounding (CPU; ``_products`` says why).
+    What becomes of its neighbours does not change a solved problem of a batch. On the compiled path (``"numba"``, which
+    ``"auto"`` takes on the CPU if numba is installed; its first call compiles for some twenty seconds) it is bit-equal
+    to being solved alone. Elsewhere that holds with up to 24 rows of constraints; beyond, it is equal to rounding (CPU;
+    ``_products`` says why).
 
     Any argument may have leading batch dimensions, which broadcast; a matrix without them is shared by the
     batch, which is much the fastest. float32 in gives float32 out; inside it is float64.
@@ -89,36 +92,69 @@ def solve_qp(
     shape = batch_shape(Q, p, A, b, G, h)
     if reg:
         Q = Q + reg * torch.eye(n, dtype=Q.dtype, device=Q.device)
-    even, rows = round_up(n, 2), round_up(max(m + k, 1), 8)  # see _products
-    if even != n:
-        Q = torch.nn.functional.pad(Q, (0, 1, 0, 1))
-        last = torch.zeros_like(Q[..., 0, :])
-        last[..., -1] = 1.0
-        Q = Q + torch.diag_embed(last)
-    Q = flat_matrix(Q, shape)
-    p = flat_vector(torch.nn.functional.pad(p, (0, even - n)) if even != n else p, shape)
-    C, c = stack_rows(A, b, G, h, even, rows, shape)
-    request = Request(m, solver, refine, on_failure, tuple(shape))
-    x, y, status, active, *factors = FindActiveSet.apply(Q, p, C, c, request)
+    options = Request(m, solver, refine, on_failure, tuple(shape))
+    if prefers_compiled(solver, p) and shape.numel() and not under_transform():
+        solution = _solve_compiled((Q, p, A, b, G, h), options, shape, dtype)
+        if solution is not None:
+            return solution
+    Q, p, C, c = standard_form(Q, p, A, b, G, h, shape)
+    x, y, status, active, *factors = FindActiveSet.apply(Q, p, C, c, options)
     rx, ry = -p.unsqueeze(-1), c.unsqueeze(-1)
     x, y = KKTSolve.apply(Q, C, rx, ry, x.unsqueeze(-1), y.unsqueeze(-1), *factors)
-    failed = (status != 0).unsqueeze(-1)
+    name = options.chosen[0] if options.chosen else ""
+    system = (Q, C, Factors(*factors), x, y, (n, m, k), tuple(shape), dtype)
+    found = (x.squeeze(-1), y.squeeze(-1), status, active)
+    return _solution(found, (n, m, k), shape, dtype, on_failure, name, system)
 
-    def finish(t: Tensor, width: int) -> Tensor:
-        t = t.squeeze(-1)
-        if on_failure != "raise":
-            t = t.masked_fill(failed, torch.nan)
-        return t[:, :width].reshape(*shape, width).to(dtype)
 
-    return QPSolution(
-        finish(x, n),
-        finish(y[:, :m], m),
-        finish(y[:, m : m + k], k),
-        status.reshape(shape),
-        active[:, m : m + k].reshape(*shape, k),
-        solver=request.chosen[0] if request.chosen else "",
-        system=(Q, C, Factors(*factors), x, y, (n, m, k), tuple(shape), dtype),
+def _solve_compiled(
+    data: tuple[Tensor, ...], options: Request, shape: torch.Size, dtype: torch.dtype
+) -> QPSolution | None:
+    """The same by compiled code; None where all of it is for the general path."""
+    from newton_plugin.convex._compiled import CompiledQP, find, stacked
+
+    flat = tuple(
+        t if t.ndim == own or (t.ndim == own + 1 and t.shape[0] == shape[0]) else flatten(t, shape)
+        for t, own, flatten in zip(data, (2, 1) * 3, (flat_matrix, flat_vector) * 3, strict=True)
     )
+    found = find(flat, shape.numel(), options.refine, options.on_failure, options.shape)
+    if found is None:
+        return None
+    x, y = CompiledQP.apply(*flat, found)
+    Q, p, A, _, G, h = flat
+    sizes = (p.shape[-1], options.m, h.shape[-1])
+
+    def system() -> Any:
+        return Q, stacked(A, G), found.factors(Q.ndim == 2), x.unsqueeze(-1), y.unsqueeze(-1), sizes, shape, dtype
+
+    return _solution((x, y, found.status, found.active), sizes, shape, dtype, options.on_failure, "numba", system)
+
+
+def _solution(
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    on_failure: str,
+    name: str,
+    system: Any,
+) -> QPSolution:
+    """x (B, >= n), y (B, >= m + k), status (B,), active (B, >= m + k), as the caller sees them."""
+    x, y, status, active = found
+    n, m, k = sizes
+    if on_failure != "raise":
+        failed = (status != 0).unsqueeze(-1)
+        x, y = x.masked_fill(failed, torch.nan), y.masked_fill(failed, torch.nan)
+
+    def finish(t: Tensor, start: int, width: int) -> Tensor:
+        # Each operation that changes nothing would still cost its time, and again in the backward pass.
+        t = t if t.shape[-1] == width else t[:, start : start + width]
+        t = t if len(shape) == 1 else t.reshape(*shape, width)
+        return t if t.dtype in (dtype, torch.bool) else t.to(dtype)
+
+    status = status if len(shape) == 1 else status.reshape(shape)
+    parts = (finish(x, 0, n), finish(y, 0, m), finish(y, m, k), status, finish(active, m, k))
+    return QPSolution(*parts, solver=name, system=system)
 
 
 class BPQPLayer(torch.nn.Module):

@@ -64,7 +64,9 @@ class QPSolution:
         check_choice("wrt", wrt, _DATA)
         if self._system is None:
             raise ArgumentError("a sparse problem has no dense Jacobian. Take products with it by torch.autograd.grad.")
-        Q, C, factors, x, y, (n, m, k), shape, dtype = self._system
+        system: Any = self._system
+        self._system = system = system() if callable(system) else system  # made when it is first needed
+        Q, C, factors, x, y, (n, m, k), shape, dtype = system
         batch, even = x.shape[:2]
         eye = torch.eye(even, dtype=x.dtype, device=x.device)[:, :n].expand(batch, even, n)
         # Column a of K^-1 (e_a, 0): how x_a answers to every right-hand side.

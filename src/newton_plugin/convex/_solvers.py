@@ -18,8 +18,17 @@ from torch import Tensor
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
 from newton_plugin.convex._problem import Problem
 from newton_plugin.convex._products import times, times_transposed
+from newton_plugin.convex._status import MissingSolverError
 
-__all__ = ["CallableSolver", "QPSolver", "Solver", "TorchSolver", "choose", "rows_from_duals"]
+__all__ = [
+    "CallableSolver",
+    "QPSolver",
+    "Solver",
+    "TorchSolver",
+    "choose",
+    "prefers_compiled",
+    "rows_from_duals",
+]
 
 
 @runtime_checkable
@@ -43,6 +52,22 @@ class TorchSolver:
 
     def active_rows(self, problem: Problem) -> Tensor | None:
         return None
+
+
+class CompiledSolver:
+    """The built-in solver compiled by numba, where ``solve_qp`` cannot hand the whole problem to ``_compiled``."""
+
+    name = "numba"
+
+    def active_rows(self, problem: Problem) -> Tensor | None:
+        if not _installed("numba"):
+            raise MissingSolverError(
+                'solver="numba" needs the package numba, which is not installed. Install it with: '
+                'pip install "newton-plugin[convex]"; or use solver="torch", which needs nothing.'
+            )
+        from newton_plugin.convex._compiled import compiled_active_rows
+
+        return compiled_active_rows(problem)
 
 
 class CallableSolver:
@@ -92,13 +117,15 @@ def choose(solver: Solver, problem: Problem) -> QPSolver:
     from newton_plugin.convex._external import EXTERNAL, ExternalSolver
 
     if isinstance(solver, str):
+        if solver == "numba" or (solver == "auto" and prefers_compiled(solver, problem.p)):
+            return CompiledSolver()
         if solver == "auto":
             return ExternalSolver("daqp") if prefers_daqp(problem) else TorchSolver()
         if solver == "torch":
             return TorchSolver()
         if solver in EXTERNAL:
             return ExternalSolver(solver)
-        names = ", ".join(repr(name) for name in ("auto", "torch", *EXTERNAL))
+        names = ", ".join(repr(name) for name in ("auto", "numba", "torch", *EXTERNAL))
         raise ArgumentError(f"solver must be one of {names}, a QPSolver or a callable; got {solver!r}.")
     if isinstance(solver, QPSolver):
         return solver
@@ -108,6 +135,11 @@ def choose(solver: Solver, problem: Problem) -> QPSolver:
         f"solver must be a name, a QPSolver or a callable (Q, p, A, b, G, h) -> (x, nu, lam); "
         f"got {type(solver).__name__}."
     )
+
+
+def prefers_compiled(solver: Solver, p: Tensor) -> bool:
+    """Whether the compiled solver is asked for, or is there and faster than the others."""
+    return solver in ("auto", "numba") and p.device.type == "cpu" and p.dtype == torch.float64 and _installed("numba")
 
 
 def prefers_daqp(problem: Problem) -> bool:

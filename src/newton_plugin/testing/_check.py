@@ -22,8 +22,9 @@ from newton_plugin.testing._transforms import by_func_gradient, by_func_hessian,
 
 __all__ = ["check_loss"]
 
-MOST_FEATURES = 256  # above it curvature="auto" spends no m products a step
+MOST_FEATURES = 64  # above it curvature="auto" spends no m products a step
 
+_MOST_PRODUCTS = 256  # spent on looking at definiteness and cost
 _MOST_ENTRIES = 2**25  # of all samples' Hessians together, 256 MB
 
 
@@ -144,7 +145,7 @@ class _Check:
         blocks = None
         if found["hessian"].verdict != "exact":
             found["definiteness"] = found["cost"] = skipped("there is no Hessian to look at")
-        elif m > MOST_FEATURES:
+        elif m > _MOST_PRODUCTS:
             found["definiteness"] = found["cost"] = skipped(f"{m} features would take {m} products")
         elif m * m * subject.layout.rows > _MOST_ENTRIES:
             found["definiteness"] = found["cost"] = skipped("pass fewer samples to look at their Hessians")

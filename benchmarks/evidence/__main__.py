@@ -1,0 +1,125 @@
+"""Train what has no line yet, and make the tables: ``python -m benchmarks.evidence --help``.
+
+    python -m benchmarks.evidence search [--seeds 4]            # candidates for a better rule, on validation data
+    python -m benchmarks.evidence tune --table ranking          # hyper-parameters
+    python -m benchmarks.evidence report --table ranking        # sixteen seeds of what tuning chose
+    python -m benchmarks.evidence time --table ranking          # milliseconds a step, on a quiet machine
+    python -m benchmarks.evidence why                           # signal and noise, a minute
+    python -m benchmarks.evidence tables                        # no training: Markdown from the lines
+
+Interrupt it and start it again as you like; ``--share 1/2`` and ``--share 2/2`` split the work over two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from benchmarks.evidence import plan
+from benchmarks.evidence.arms import ARMS, CANDIDATES
+from benchmarks.evidence.mechanism import append_mechanism
+from benchmarks.evidence.problems import Problem
+from benchmarks.evidence.registry import problems
+from benchmarks.evidence.runs import Lines, Run
+from benchmarks.evidence.tables import write_tables
+from benchmarks.evidence.timing import append_times
+from benchmarks.evidence.training import train
+
+RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["search", "tune", "report", "time", "why", "tables"])
+    parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more")
+    parser.add_argument("--problems", nargs="+", help="some problems by name")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *CANDIDATES], metavar="ARM", help="some arms by name")
+    parser.add_argument("--seeds", type=int, default=8, help="of the search: 4 to screen, 8 to choose")
+    parser.add_argument("--scale", choices=["cpu", "paper"], default="cpu")
+    parser.add_argument("--data-dir", help="a folder with MNIST's IDX files, in place of scikit-learn's digits")
+    parser.add_argument("--device", default="cpu", help="where to train")
+    parser.add_argument("--steps", type=int, help="of a training, in place of the scale's own; told in the lines")
+    parser.add_argument("--rounds", type=int, default=30, help="steps of each arm that are timed")
+    parser.add_argument("--share", default="1/1", help="i/k: the i-th of k processes")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    data = "digits" if options.data_dir is None else Path(options.data_dir).name
+    every = problems(options.scale, options.data_dir)
+    if options.steps is not None:
+        every = {name: replace(problem, steps=options.steps) for name, problem in every.items()}
+    if options.what == "tables":
+        write_tables(options.out, every)
+        return
+    if options.what == "time":
+        for name in options.problems or [name for name, p in every.items() if p.table == (options.table or p.table)]:
+            times = append_times(options.out / "times.jsonl", every[name], options.rounds)
+            print(name, {arm: round(ms, 2) for arm, ms in times.items()}, flush=True)
+        return
+    if options.what == "why":
+        for name in options.problems or [*plan.PANEL]:
+            append_mechanism(options.out / "mechanism.jsonl", every[name])
+        return
+    i, k = (int(part) for part in options.share.split("/"))
+    for number, group in enumerate(_groups(options, every, data)):
+        if number % k == i - 1:
+            problem = every[group[0].problem]
+            _train(problem, group, _lines(options, problem), options.device)
+
+
+def _lines(options: argparse.Namespace, problem: Problem) -> Lines:
+    return Lines(options.out / ("search.jsonl" if options.what == "search" else f"{problem.table}.jsonl"))
+
+
+def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -> Iterator[list[Run]]:
+    """Runs that are trained together; what a later one needs to know is read when its turn comes."""
+    if options.what == "search":
+        names = options.problems or plan.PANEL
+        for arm in options.arms or [a for a in (*ARMS, *CANDIDATES) if a != "plain, textbook"]:
+            for name in names:
+                if arm not in every[name].without:
+                    yield plan.search_runs(every[name], arm, options.seeds, data)
+        return
+    names = options.problems or [name for name, p in every.items() if p.table == (options.table or p.table)]
+    if options.what == "tune":
+        for name in names:
+            runs = plan.sharpness_runs(every[name], data, options.scale)
+            for sharp in dict.fromkeys(run.sharpness for run in runs):
+                yield [run for run in runs if run.sharpness == sharp]
+    for arm in options.arms or ARMS:
+        for name in names:
+            if arm in every[name].without:
+                continue
+            try:
+                yield _group(options, every[name], arm, data)
+            except LookupError as error:
+                print(f"left out: {name}, {arm}: {error}", flush=True)
+
+
+def _group(options: argparse.Namespace, problem: Problem, arm: str, data: str) -> list[Run]:
+    done = _lines(options, problem).by_run()
+    sharp = plan.sharpness(problem, data, options.scale, done)
+    if options.what == "tune":
+        return plan.tuning_runs(problem, arm, sharp, data, options.scale)
+    return plan.report_runs(problem, plan.chosen(problem, arm, sharp, data, options.scale, done), data, options.scale)
+
+
+def _train(problem: Problem, runs: Sequence[Run], lines: Lines, device: str) -> None:
+    missing = lines.missing(runs)
+    if not missing:
+        return
+    start = time.process_time()
+    arm = {**ARMS, **CANDIDATES}[missing[0].arm]
+    for run, result in zip(missing, train(problem, arm, missing, device), strict=True):
+        lines.append(run, result)
+    seconds = time.process_time() - start
+    first = missing[0]
+    print(f"{first.purpose}: {first.problem}, {first.arm}: {len(missing)} runs, {seconds:.0f} s of CPU", flush=True)
+
+
+if __name__ == "__main__":
+    main()

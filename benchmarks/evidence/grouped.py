@@ -1,0 +1,68 @@
+"""The package's own curvatures, one for each replica of a batch that holds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import newton_plugin as npl
+
+__all__ = ["Grouped", "Tally"]
+
+
+class Tally:
+    """Batches that kept their plain gradient, by replica; survives the copy that a loss makes of its curvature."""
+
+    def __init__(self, replicas: int, device: str = "cpu") -> None:
+        self.kept = torch.zeros(replicas, dtype=torch.int64, device=device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+        return self
+
+
+class Grouped:
+    """A :class:`newton_plugin.Curvature` for rows (R * N, m): those of a replica go to a rule of its own, as alone.
+
+    Args:
+        rules: curvature and damping of every replica, each with a running state of its own.
+        tally: counts what the rules could not do.
+    """
+
+    def __init__(self, rules: Sequence[tuple[npl.Curvature, npl.Damping]], tally: Tally) -> None:
+        self.rules, self.tally = list(rules), tally
+        self.needs_hessian = rules[0][0].needs_hessian
+
+    def step(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None, damping: npl.Damping) -> Any:
+        """See :meth:`newton_plugin.Curvature.step`; ``damping`` is not used."""
+        blocks = gradient.chunk(len(self.rules))
+        products = self._products(gradient, hvp)
+        steps, result = [], None
+        for r, ((curvature, rule), g, product) in enumerate(zip(self.rules, blocks, products, strict=True)):
+            result = curvature.step(g, product, rule)
+            fine = torch.isfinite(result.step).all() & torch.isfinite(g).all()
+            if result.finite is not None:
+                fine = fine & result.finite
+            steps.append(torch.where(fine, result.step, g))
+            self.tally.kept[r] += ~fine
+        assert result is not None
+        result.step, result.finite, result.matrix, result.zero_hessian = torch.cat(steps), None, None, None
+        return result
+
+    def _products(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None) -> list[Any]:
+        """Hessian-vector products of each block, from one round of probes for all."""
+        if hvp is None:
+            return [None] * len(self.rules)
+        n, m = gradient.shape
+        eye = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
+        columns = hvp(eye.unsqueeze(1).expand(-1, n, -1)).movedim(0, -1)  # (N, m, m)
+        return [lambda v, h=block: torch.einsum("nij,knj->kni", h.to(v), v) for block in columns.chunk(len(self.rules))]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Runs are never continued in the middle."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""

@@ -1,0 +1,21 @@
+"""All problems by name."""
+
+from __future__ import annotations
+
+from benchmarks.evidence.classification import classification_problems
+from benchmarks.evidence.paths import path_problems
+from benchmarks.evidence.problems import Problem
+from benchmarks.evidence.ranking import ranking_problems
+
+__all__ = ["problems"]
+
+
+def problems(scale: str = "cpu", folder: str | None = None) -> dict[str, Problem]:
+    """Every problem of a scale.
+
+    Args:
+        scale: "cpu" or "paper".
+        folder: with MNIST's IDX files; None: scikit-learn's digits.
+    """
+    every: list[Problem] = [*ranking_problems(scale, folder), *path_problems(scale), *classification_problems(folder)]
+    return {problem.name: problem for problem in every}

@@ -1,0 +1,238 @@
+"""Time and memory of one Newton step in output space against the number m of outputs.
+
+    python -m benchmarks.large_outputs            # about four minutes
+    python -m benchmarks.large_outputs --quick    # a look at m <= 1000; writes nothing
+
+N = 100 maps of m cells; the loss couples neighbouring cells and is no standard loss, so its Hessians come from
+products: ``l = sum_j log cosh(y_j - t_j) + 0.1 sum_j (y_j y_(j+1))^2 / (1 + y_j^2)``, indefinite. Cross-entropy over m
+classes is there for the diagonal-plus-rank-one way. Damping 0.1; everything in float64, so that errors mean something.
+
+Peers, in the same process:
+* ``torch.func.hessian`` of each sample under vmap, and a dense repaired solve: the textbook;
+* curvlinops' ``HessianLinearOperator`` over the outputs as parameters and its ``CGInverseLinearOperator``, to the same
+  tolerance: the same per-sample systems where these are definite (its conjugate gradients know no repair). Left out if
+  it is not installed (``pip install curvlinops-for-pytorch``).
+
+Memory is the peak of tensors alive that the step made, from a dispatch mode, in a run of its own. Error is against the
+dense repaired step, where that fits. Results: benchmarks/results/large_outputs.{json,md,png}.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmarks.tables import markdown
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import newton_plugin as npl
+
+N, DAMPING, TOLERANCE = 100, 0.1, 1e-2
+RESULTS = Path(__file__).parent / "results"
+SIZES = (10, 30, 100, 300, 1000, 3000, 10_000, 30_000)
+MOST_SECONDS = 20.0  # an arm that took longer is not tried at larger sizes
+
+
+def sample_loss(y: Tensor, t: Tensor) -> Tensor:
+    """One map's loss; (..., m) to (...)."""
+    left, right = y[..., :-1], y[..., 1:]
+    coupled = (left * right).square() / (1 + left.square())
+    return F.softplus(2 * (y - t)).sum(-1) - (y - t).sum(-1) + 0.1 * coupled.sum(-1)
+
+
+def newton(curvature: Any, y: Tensor, t: Tensor) -> Tensor:
+    return npl.newton_step(lambda v: sample_loss(v, t).mean(), y, curvature=curvature, damping=DAMPING).step
+
+
+def classes(curvature: Any, y: Tensor, t: Tensor) -> Tensor:
+    labels = t.abs().mul(1000).long().sum(-1) % y.shape[1]
+    return npl.newton_step(F.cross_entropy, y, labels, curvature=curvature, damping=DAMPING).step
+
+
+def gradient(y: Tensor, t: Tensor, product: bool = False) -> Tensor:
+    y = y.detach().requires_grad_()
+    (g,) = torch.autograd.grad(sample_loss(y, t).sum(), y, create_graph=product)
+    return torch.autograd.grad(g, y, g.detach())[0] if product else g
+
+
+def dense(y: Tensor, t: Tensor) -> Tensor:
+    """The textbook: every Hessian by torch.func, repaired by its eigenvalues."""
+    g = gradient(y, t)
+    if y.shape[1] > 300:
+        raise MemoryError  # 100 eigendecompositions of 1000 x 1000 take minutes
+    h = torch.func.vmap(torch.func.hessian(sample_loss))(y, t)
+    values, vectors = torch.linalg.eigh(h)
+    shifted = torch.where(values[:, :1] + DAMPING > 0, values, values.abs()) + DAMPING
+    return (vectors @ ((vectors.mT @ g.unsqueeze(-1)).squeeze(-1) / shifted).unsqueeze(-1)).squeeze(-1)
+
+
+def dense_fisher(y: Tensor, t: Tensor) -> Tensor:
+    g = gradient(y, t)
+    if y.shape[1] > 10_000:
+        raise MemoryError
+    c = g.mT @ g / N
+    c.diagonal().add_(DAMPING)
+    return torch.linalg.solve(c, g.mT).mT
+
+
+class Outputs(nn.Module):
+    """Outputs as parameters, for a library of Hessians with respect to parameters."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = nn.Parameter(y.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.y
+
+
+class SumLoss(nn.Module):
+    reduction = "sum"
+
+    def forward(self, y: Tensor, t: Tensor) -> Tensor:
+        return sample_loss(y, t).sum()
+
+
+def curvlinops_step(y: Tensor, t: Tensor) -> Tensor:
+    from curvlinops import CGInverseLinearOperator, HessianLinearOperator  # type: ignore[import-not-found]
+    from curvlinops.examples import IdentityLinearOperator  # type: ignore[import-not-found]
+
+    model = Outputs(y)
+    hessian = HessianLinearOperator(model, SumLoss(), list(model.parameters()), [(y, t)], check_deterministic=False)
+    shifted = hessian + DAMPING * IdentityLinearOperator([tuple(y.shape)], y.device, y.dtype)
+    inverse = CGInverseLinearOperator(shifted, tolerance=TOLERANCE, max_iter=32)
+    return (inverse @ gradient(y, t).reshape(-1)).reshape(y.shape).detach()
+
+
+def arms() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "one gradient": gradient,
+        "one gradient, one product": lambda y, t: gradient(y, t, True),
+        "Fisher, dense textbook": dense_fisher,
+        "Fisher, ours": lambda y, t: newton("fisher", y, t),
+        "Hessian per sample, torch.func.hessian": dense,
+        "Hessian per sample, ours": lambda y, t: newton(npl.Hessian("per_sample"), y, t),
+        "Hessian mean, ours": lambda y, t: newton("hessian", y, t),
+        "Hessian diagonal, ours": lambda y, t: newton(npl.Hessian("diagonal"), y, t),
+        "cross-entropy mean, ours": lambda y, t: classes("hessian", y, t),
+        "cross-entropy per sample, ours": lambda y, t: classes(npl.Hessian("per_sample"), y, t),
+    }
+    try:
+        import curvlinops  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        return found
+    return {**found, "Hessian per sample, curvlinops CG": curvlinops_step}
+
+
+class Alive(TorchDispatchMode):
+    """Peak bytes of tensors alive that were made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = StorageWeakRef(tensor.untyped_storage())
+                self.alive[storage.cdata] = storage, tensor.untyped_storage().nbytes()
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def timed(arm: Callable[[Tensor, Tensor], Tensor], y: Tensor, t: Tensor) -> tuple[float, int, Tensor]:
+    """Median seconds of one to five runs after one that is left out, and what came of them."""
+    start = time.perf_counter()
+    result = arm(y, t)
+    first, seconds = time.perf_counter() - start, []
+    while len(seconds) < 5 and first + sum(seconds) < 3:
+        start = time.perf_counter()
+        result = arm(y, t)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds or [first]), len(seconds or [first]), result
+
+
+def measure(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    rows, tried = [], dict(arms())
+    for m in sizes:
+        g = torch.Generator().manual_seed(0)
+        y, t = torch.randn(2, N, m, generator=g, dtype=torch.float64)
+        steps: dict[str, Tensor] = {}
+        for name, arm in list(tried.items()):
+            try:
+                seconds, runs, step = timed(arm, y, t)
+                with Alive() as alive:
+                    arm(y, t)
+            except (MemoryError, npl.OutputsTooLargeError):
+                del tried[name]
+                continue
+            if seconds > MOST_SECONDS:
+                del tried[name]
+            steps[name] = step
+            rows.append({"m": m, "arm": name, "ms": 1e3 * seconds, "MB": alive.peak / 2**20, "runs": runs})
+            print(rows[-1], flush=True)
+        one = next(r["ms"] for r in rows if r["m"] == m and r["arm"] == "one gradient")
+        for row in rows:
+            if row["m"] == m:
+                row["gradients"] = row["ms"] / one
+                exact = steps.get("Fisher, dense textbook" if "Fisher" in row["arm"] else dense_name())
+                compared = "Fisher" in row["arm"] or "Hessian per sample" in row["arm"]
+                if compared and exact is not None:
+                    row["error"] = float((steps[row["arm"]] - exact).norm() / exact.norm())
+    return rows
+
+
+def dense_name() -> str:
+    return "Hessian per sample, torch.func.hessian"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for name in dict.fromkeys(r["arm"] for r in rows):
+        own = [r for r in rows if r["arm"] == name]
+        style = "--" if "torch.func" in name or "textbook" in name or "curvlinops" in name else "-"
+        for axis, key in zip(axes, ("ms", "MB"), strict=True):
+            axis.loglog([r["m"] for r in own], [r[key] for r in own], style, marker=".", label=name)
+    for axis, title in zip(axes, ("time of one step, ms", "peak memory, MB"), strict=True):
+        axis.set(xlabel=f"outputs m (N = {N})", title=title)
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=70)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="m <= 1000; writes nothing")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    rows = measure(tuple(m for m in arguments.sizes if m <= 1000 or not quick))
+    table = markdown([{**r, "gradients": round(r["gradients"], 1)} for r in rows])
+    if quick:
+        print(table)
+        return
+    (RESULTS / "large_outputs.json").write_text(
+        json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n"
+    )
+    (RESULTS / "large_outputs.md").write_text(table + "\n")
+    plot(rows, RESULTS / "large_outputs.png")
+
+
+if __name__ == "__main__":
+    main()
