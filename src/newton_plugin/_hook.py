@@ -175,7 +175,7 @@ class LossHook:
             raise NoGradientError(
                 "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
                 "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
-                "the loss on which you would call backward(); newton_plugin.algorithms has losses for rankings and paths."
+                "the loss on which you would call backward(). Losses of rankings: newton_plugin.algorithms."
             )
         stepped = preconditioned_edges(loss.grad_fn)
         if stepped and not self._names:
