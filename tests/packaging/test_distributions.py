@@ -54,7 +54,9 @@ def sdist(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path,) = dist.glob("*.tar.gz")
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(path) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(
+            folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )  # Python < 3.11.4 has none
     (unpacked,) = folder.iterdir()
     return unpacked
 
