@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import bilevel_peers as peers
 from benchmarks.bilevel_problems import Problem, auc, cleaning, quadratic
 from benchmarks.tables import markdown
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks import bilevel_peers as peers
 from newton_plugin.bilevel import BOREP, MASOBA, AccBO, StocBiO
 
 RESULTS = Path(__file__).parent / "results"
