@@ -4,6 +4,7 @@
     python -m benchmarks.evidence tune --table ranking          # hyper-parameters
     python -m benchmarks.evidence report --table ranking        # sixteen seeds of what tuning chose
     python -m benchmarks.evidence time --table ranking          # milliseconds a step, on a quiet machine
+    python -m benchmarks.evidence damping                       # accuracy over fixed dampings, validation data
     python -m benchmarks.evidence why                           # signal and noise, a minute
     python -m benchmarks.evidence tables                        # no training: Markdown from the lines
 
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 from benchmarks.evidence import plan
 from benchmarks.evidence.arms import ARMS, CANDIDATES
+from benchmarks.evidence.damping import DAMPED, damping_groups
+from benchmarks.evidence.damping import PROBLEMS as DAMPING_PROBLEMS
 from benchmarks.evidence.mechanism import append_mechanism
 from benchmarks.evidence.problems import Problem
 from benchmarks.evidence.registry import problems
@@ -34,8 +37,8 @@ RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "tune", "report", "time", "why", "tables"])
-    parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more")
+    parser.add_argument("what", choices=["search", "tune", "report", "damping", "time", "why", "tables"])
+    parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more, beyond")
     parser.add_argument("--problems", nargs="+", help="some problems by name")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *CANDIDATES], metavar="ARM", help="some arms by name")
     parser.add_argument("--seeds", type=int, default=8, help="of the search: 4 to screen, 8 to choose")
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _lines(options: argparse.Namespace, problem: Problem) -> Lines:
-    return Lines(options.out / ("search.jsonl" if options.what == "search" else f"{problem.table}.jsonl"))
+    return Lines(options.out / f"{options.what if options.what in ('search', 'damping') else problem.table}.jsonl")
 
 
 def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -> Iterator[list[Run]]:
@@ -83,6 +86,11 @@ def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -
             for name in names:
                 if arm not in every[name].without:
                     yield plan.search_runs(every[name], arm, options.seeds, data)
+        return
+    if options.what == "damping":
+        for name in options.problems or DAMPING_PROBLEMS:
+            chosen = Lines(options.out / f"{every[name].table}.jsonl").by_run()
+            yield from damping_groups(every[name], plan.sharpness(every[name], data, options.scale, chosen), data)
         return
     names = options.problems or [name for name, p in every.items() if p.table == (options.table or p.table)]
     if options.what == "tune":
@@ -113,7 +121,7 @@ def _train(problem: Problem, runs: Sequence[Run], lines: Lines, device: str) -> 
     if not missing:
         return
     start = time.process_time()
-    arm = {**ARMS, **CANDIDATES}[missing[0].arm]
+    arm = {**ARMS, **CANDIDATES, **DAMPED}[missing[0].arm]
     for run, result in zip(missing, train(problem, arm, missing, device), strict=True):
         lines.append(run, result)
     seconds = time.process_time() - start

@@ -13,6 +13,7 @@ from benchmarks.evidence.runs import REPORT_SEEDS, SEARCH_SEEDS, TUNING_SEEDS, P
 __all__ = [
     "PANEL",
     "Done",
+    "best_run",
     "chosen",
     "final",
     "report_runs",
@@ -89,7 +90,7 @@ def sharpness(problem: Problem, data: str, scale: str, done: Done) -> float | No
     """
     if len(problem.sharpnesses) < 2:
         return problem.sharpnesses[0] if problem.sharpnesses else None
-    return _best(sharpness_runs(problem, data, scale), done).sharpness
+    return best_run(sharpness_runs(problem, data, scale), done).sharpness
 
 
 def tuning_runs(problem: Problem, arm: str, sharp: float | None, data: str, scale: str) -> list[Run]:
@@ -107,7 +108,7 @@ def chosen(problem: Problem, arm: str, sharp: float | None, data: str, scale: st
     Raises:
         LookupError: a tuning run has no line yet.
     """
-    return _best(tuning_runs(problem, arm, sharp, data, scale), done)
+    return best_run(tuning_runs(problem, arm, sharp, data, scale), done)
 
 
 def report_runs(problem: Problem, best: Run, data: str, scale: str) -> list[Run]:
@@ -118,7 +119,7 @@ def report_runs(problem: Problem, best: Run, data: str, scale: str) -> list[Run]
     ]
 
 
-def _best(runs: Iterable[Run], done: Done) -> Run:
+def best_run(runs: Iterable[Run], done: Done) -> Run:
     """A run of the configuration with the largest mean over its seeds; the first of equals."""
     means: dict[tuple, list[float]] = {}
     first: dict[tuple, Run] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.evidence.beyond import beyond_problems
 from benchmarks.evidence.classification import classification_problems
 from benchmarks.evidence.paths import path_problems
 from benchmarks.evidence.problems import Problem
@@ -18,4 +19,6 @@ def problems(scale: str = "cpu", folder: str | None = None) -> dict[str, Problem
         folder: with MNIST's IDX files; None: scikit-learn's digits.
     """
     every: list[Problem] = [*ranking_problems(scale, folder), *path_problems(scale), *classification_problems(folder)]
+    if scale == "cpu":
+        every += beyond_problems(folder)
     return {problem.name: problem for problem in every}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.evidence.arms import ARMS, BASELINE, configurations
+from benchmarks.evidence.bilevel_lists import BilevelLists
 from benchmarks.evidence.markdown import difference, lines, number, spread
 from benchmarks.evidence.paired import Comparison, compare, holm
 from benchmarks.evidence.plan import Done
@@ -81,7 +82,8 @@ class _Table:
     def at_edge(self, name: str, arm: str) -> bool:
         """Whether a chosen number is the first or last of its grid."""
         run = self.run[name, arm]
-        grid = configurations(ARMS[arm], self.every[name].optimizer)
+        problem = self.every[name]
+        grid = problem.grid if isinstance(problem, BilevelLists) else configurations(ARMS[arm], problem.optimizer)
         rates = sorted({rate for rate, _ in grid})
         seconds = sorted({second for _, second in grid if second is not None})
         return run.learning_rate in (rates[0], rates[-1]) or run.second in (*seconds[:1], *seconds[-1:])

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.evidence.beyond import ignorant_scores
+from benchmarks.evidence.bilevel_lists import BILEVEL, found_lists
+from benchmarks.evidence.damping_table import damping_figure, damping_table
 from benchmarks.evidence.figures import curves
 from benchmarks.evidence.mechanism_table import mechanism_table
 from benchmarks.evidence.paths import Paths, shortcut_scores
@@ -28,11 +31,17 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
     if mechanism.exists():
         written.append(out.with_name(f"{out.name}_mechanism.md"))
         written[-1].write_text(mechanism_table(mechanism, every))
+    damping = Lines(out / "damping.jsonl").by_run()
+    if damping:
+        written += [out.with_name(f"{out.name}_damping{suffix}") for suffix in (".md", ".png")]
+        written[-2].write_text(damping_table(damping, every))
+        damping_figure(written[-1], damping, every)
+    every = {**every, **BILEVEL}  # type: ignore[dict-item]  # whose runs are no stacks of replicas
     for table in dict.fromkeys(problem.table for problem in every.values()):
         done = Lines(out / f"{table}.jsonl").by_run()
         if any(run.purpose == "report" for run in done):
             written.append(out.with_name(f"{out.name}_{table}.md"))
-            written[-1].write_text(report_table(table, done, every) + _shortcuts(table, every))
+            written[-1].write_text(report_table(table, done, every) + _shortcuts(table, every) + found_lists(done))
             names = [name for name in every if any(run.problem == name for run in done if run.purpose == "report")]
             written.append(out.with_name(f"{out.name}_{table}.png"))
             curves(written[-1], names, every, done, read_times(out / "times.jsonl"))
@@ -42,7 +51,10 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
 
 
 def _shortcuts(table: str, every: Mapping[str, Problem]) -> str:
-    """For tables of paths: what somebody scores who knows nothing of the costs."""
+    """For tables of paths and beyond the paper: what somebody scores who has learned nothing."""
+    if table == "beyond":
+        listed = "; ".join(f"{every[name].title}: {score:.1f}" for name, score in ignorant_scores().items())
+        return f"\nWhat who has learned nothing scores on the test data, per cent: {listed}.\n"
     sizes = {problem.size for problem in every.values() if isinstance(problem, Paths) and problem.table == table}
     if not sizes:
         return ""

@@ -121,6 +121,10 @@ def test_replicas_are_what_they_are_alone(arm: str) -> None:
         ("fenchel_young_3", BASELINE),
         ("loss_score_3", "Hessian, fixed"),
         ("algorithm_difference_4", "Fisher"),
+        ("ndcg_10", "Hessian"),
+        ("ctc_4", "Fisher"),
+        ("allocation_8", "isotropic"),  # a rule without memory would enlarge the rounding of batches without gradient
+        ("allocation_8", "Hessian, fixed"),
     ],
 )
 def test_also_with_other_losses_and_with_noise_in_them(problem: str, arm: str) -> None:
