@@ -1,6 +1,6 @@
 """How good are estimated gradients and Hessians of smoothed solvers? Error against the number of solver calls.
 
-    python -m benchmarks.smoothing [--quick | --times]
+    python -m benchmarks.smoothing [--quick | --times | --newton]
 
 Solvers under a loss that is linear in the solution (Hamming distance to a target, gradient w = 1 - 2 target):
 
@@ -13,7 +13,9 @@ For each estimator: the cosine to the limit, averaged over problems and draws, a
 ``(mean |g - g*|^2 / |g*|^2)^1/2``, with the calls of the solver for one gradient (forward and backward). The textbook
 row is written here once more, without the package: ``g = mean e <p, w> / sigma``, what Berthet et al. publish and
 PyEPO's perturbed optimizer computes, with no autograd around it. Time: forward + backward of textbook and ours,
-interleaved in one process on one thread, medians of CPU time. Writes results/smoothing.json and results/smoothing.md.
+interleaved in one process on one thread, medians of CPU time. Newton steps in output space: of losses on 8 x 8 maps,
+with the Hessian that the loss brings and by double backward (the same noise, of which only the score is known), against
+loss and gradient alone. Writes results/smoothing.json and results/smoothing.md.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin.algorithms import FenchelYoungLoss, PerturbedOptimizer, shortest_path
+import newton_plugin as npl
+from newton_plugin.algorithms import FenchelYoungLoss, PerturbedOptimizer, StochasticSmoothing, shortest_path
 
 RESULTS = Path(__file__).parent / "results"
 PERMUTATIONS = torch.stack([torch.eye(5)[list(p)] for p in itertools.permutations(range(5))])
@@ -250,6 +253,63 @@ def times(problem: Problem, samples: int, rounds: int) -> list[dict]:
     return rows
 
 
+class PlainGaussian:
+    """Gaussian noise that does not say the slope of its score: its losses are differentiated twice."""
+
+    symmetric, has_mean = True, True
+
+    def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.empty_like(like).normal_(generator=generator)
+
+    def log_ratio(self, noise: Tensor, shift: Tensor) -> Tensor:
+        return torch.einsum("knm,nm->kn", noise, shift) - shift.square().sum(-1) / 2
+
+    def score(self, noise: Tensor) -> Tensor:
+        return noise
+
+
+def newton_times(samples: int = 30, size: int = 8, count: int = 32, rounds: int = 41) -> list[dict]:
+    """One step in output space, mean C, float32, interleaved; CPU time."""
+    g = torch.Generator().manual_seed(0)
+    y, true = (torch.rand(count, size, size, generator=g) + 0.1 for _ in range(2))
+    target, rows = paths(true), []
+    w = 1 - 2 * target
+    options: dict[str, Any] = {"samples": samples, "sigma": 0.5, "generator": torch.Generator().manual_seed(1)}
+
+    def hamming(noise: Any) -> Callable[[Tensor], Tensor]:
+        each = lambda c: (paths(c).unflatten(0, (-1, count)) * w).flatten(0, 1).sum((-2, -1))  # noqa: E731
+        smooth = StochasticSmoothing(each, noise=noise, **options)
+        return lambda y: smooth(y).mean()
+
+    def observed(noise: Any) -> Callable[[Tensor], Tensor]:
+        loss = FenchelYoungLoss(paths, minimize=True, noise=noise, **options)
+        return lambda y: loss(y, target)
+
+    def gradient(loss: Callable[[Tensor], Tensor]) -> Tensor:
+        x = y.clone().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0]
+
+    for what, make in (("smoothed Hamming", hamming), ("Fenchel-Young", observed)):
+        step = partial(npl.newton_step, curvature="hessian", damping=0.1)
+        plain, known, unknown = make("gaussian"), make("gaussian"), make(PlainGaussian())
+        functions: dict[str, Callable[[], Any]] = {
+            "loss and gradient": partial(gradient, plain),
+            "Newton step": partial(step, known, y),
+            "Newton step, double backward": partial(step, unknown, y),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in functions}
+        for turn in range(rounds):
+            for name, f in functions.items():
+                start = time.process_time()
+                f()
+                if turn:
+                    taken[name].append(1e3 * (time.process_time() - start))
+        for name, values in taken.items():
+            ratio = statistics.median(v / b for v, b in zip(values, taken["loss and gradient"], strict=True))
+            rows.append({"loss": what, "step": name, "ms": statistics.median(values), "ratio": ratio})
+    return rows
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -294,7 +354,10 @@ def report(result: dict) -> str:
         [r["problem"], str(r["batch"]), str(r["samples"]), r["what"], f"{r['ms']:.2f}", f"{r['ratio']:.2f}"]
         for r in result["times"]
     ]
-    text.append(table(["problem", "N", "K", "what", "ms", "relative to textbook"], rows))
+    text.append(table(["problem", "N", "K", "what", "ms", "relative to textbook"], rows) + "\n")
+    text.append("## CPU time of a Newton step in output space: 8 x 8 maps, N = 32, K = 30\n")
+    rows = [[r["loss"], r["step"], f"{r['ms']:.2f}", f"{r['ratio']:.2f}"] for r in result["newton"]]
+    text.append(table(["loss", "step", "ms", "relative to loss and gradient"], rows))
     return "\n".join(text) + "\n"
 
 
@@ -302,8 +365,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer draws; writes nothing")
     parser.add_argument("--times", action="store_true", help="measure the times anew and keep the other results")
+    parser.add_argument("--newton", action="store_true", help="measure the Newton steps anew and keep the rest")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.newton:
+        write(json.loads((RESULTS / "smoothing.json").read_text()) | {"newton": newton_times()})
+        return
     problems = make_problems(16)
     if args.times:
         result = json.loads((RESULTS / "smoothing.json").read_text())
@@ -322,6 +389,7 @@ def main() -> None:
             result["times"] += times(problem, samples, 5 if args.quick else 31)
         print(f"{problem.name} done", flush=True)
     result["hessians"] = hessians(problems[0], [10, 100, 1000], 10 * draws)
+    result["newton"] = newton_times(rounds=5 if args.quick else 41)
     if args.quick:
         print(report(result))
     else:

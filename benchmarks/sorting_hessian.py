@@ -2,8 +2,8 @@
 
     python -m benchmarks.sorting_hessian [--quick]       # 6 minutes; 1.5
 
-One process, one thread, N = 32 lists, float32 scores, everything interleaved round by round; medians, and medians of
-the ratios of each round.
+One process, one thread, N = 32 lists, float32 scores, everything interleaved round by round; CPU time, medians, and
+medians of the ratios of each round.
 
 First table, on scores alone. ``loss + gradient`` is what plain training pays, and the unit of the ratios. ``Newton
 step`` is ``newton_step(..., curvature="hessian")``: loss, gradient, all N Hessians, solve; with the Hessian that
@@ -12,7 +12,11 @@ says nothing). The peer is torch.func: ``vmap(hessian)``, the N Hessians alone. 
 against ``vmap(hessian)`` in float64.
 
 Second table, whole training steps: network, loss, backward, Adam; plain, and with
-``LossHook(curvature="hessian", damping=0.1)`` in both ways. Writes results/sorting_hessian.json and .md.
+``LossHook(curvature="hessian", damping=0.1)`` in both ways.
+
+Third table, plain training with N = 576 lists: loss and gradient, against the textbook's ``binary_cross_entropy`` on P.
+Writes results/sorting_hessian.json and .md. A table "before and after" in the JSON was measured once, by these same
+functions in two checkouts in turns, and is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from benchmarks.tables import markdown
 from torch import Tensor, nn
 
 import newton_plugin as npl
-from newton_plugin.algorithms import RankingLoss
+from newton_plugin.algorithms import RankingLoss, SortingNetwork, neural_sort, soft_sort
 
 RESULTS = Path(__file__).parent / "results"
 LISTS = 32
@@ -49,10 +53,10 @@ def interleaved(functions: dict[str, Callable[[], object]], budget: float) -> di
     start = time.perf_counter()
     for turn in range(200):
         for name, f in functions.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             f()
             if turn:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.process_time() - begin)
         if turn >= 3 and time.perf_counter() - start > budget:
             break
     return seconds
@@ -104,6 +108,39 @@ def compare(method: str, n: int, budget: float) -> list[dict]:
     return rows
 
 
+def textbook(method: str, n: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """BCE on P, in float32."""
+    name, options = method.split(",")[0], METHODS[method]
+    if name == "sorting_network":
+        network = SortingNetwork(n, **options)
+        p = lambda s: network(s)[1]  # noqa: E731
+    else:
+        p = partial({"neural_sort": neural_sort, "soft_sort": soft_sort}[name], **options)
+
+    def loss(scores: Tensor, ranks: Tensor) -> Tensor:
+        target = nn.functional.one_hot(ranks, n).mT.to(scores.dtype)
+        return nn.functional.binary_cross_entropy(p(scores).clamp(0, 1), target)
+
+    return loss
+
+
+def compare_losses(method: str, n: int, budget: float, lists: int = 576) -> list[dict]:
+    """Loss and gradient alone."""
+    generator = torch.Generator().manual_seed(n)
+    scores, ranks = torch.randn(lists, n, generator=generator), torch.rand(lists, n, generator=generator).argsort(-1)
+
+    def gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        x = scores.clone().requires_grad_()
+        return torch.autograd.grad(loss(x, ranks), x)[0]
+
+    ways = {
+        "textbook": textbook(method, n),
+        "RankingLoss": RankingLoss(method.split(",")[0], **METHODS[method]),
+    }
+    seconds = interleaved({name: partial(gradient, loss) for name, loss in ways.items()}, budget)
+    return summary(seconds, {"method": method, "n": n, "lists": lists}, "textbook")
+
+
 def scorer(images: bool) -> nn.Module:
     """(N, n, 64) -> (N, n): the demo's MLP; or (N, n, 1, 28, 28): two convolutions and two linear layers."""
     if not images:
@@ -149,9 +186,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     lengths, budget = ((5, 10), 0.5) if options.quick else ((5, 10, 32, 100), 4.0)
-    rows, steps = [], []
+    rows, steps, losses = [], [], []
     for method in METHODS:
         for n in lengths:
+            if n <= 32:
+                losses += compare_losses(method, n, budget)
             if n == 100 and method.startswith("sorting_network"):
                 continue  # half a minute a step
             rows += compare(method, n, budget)
@@ -160,10 +199,13 @@ def main() -> None:
                     steps += compare_steps(method, n, images, budget)
             print(markdown(rows[-4:]), markdown(steps[-6:]), sep="\n\n", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "sorting_hessian.json"
     setup = {"torch": torch.__version__, "python": platform.python_version(), "threads": 1, "lists": LISTS}
-    report = {**setup, "scores": rows, "steps": steps}
-    (options.out / "sorting_hessian.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "sorting_hessian.md").write_text(f"{markdown(rows)}\n\n{markdown(steps)}\n")
+    before = json.loads(path.read_text()).get("before and after", []) if path.exists() else []
+    report = {**setup, "scores": rows, "steps": steps, "losses": losses, "before and after": before}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    tables = [markdown(table) for table in (rows, steps, losses, before) if table]
+    path.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ the loss are linear: then the second derivative of the whole is the operation's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError
 from newton_plugin._graph import Boundary, Edge, edge_shape, known_hessian, mark_hessian, operation, upstream_edges
 from newton_plugin._rows import RowLayout
-from newton_plugin._sample_hessians import DiagonalRankOne, SampleHessians
+from newton_plugin._sample_hessians import HVP, DiagonalRankOne, SampleHessians
 from newton_plugin._solve import working_dtype
 
 __all__ = ["Form", "find_form", "with_hessian"]
@@ -35,6 +36,7 @@ _LINEAR = frozenset(("Add", "Alias", "Cat", "Clone", "Div", "Expand", "Index", "
     *("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View", "Where"),
 }
 _NONE, _MEAN = 0, 1  # torch's codes of a reduction
+_BLOCK_ELEMENTS = 2**25  # of (N, m, m), 256 MiB: more are not formed where a loss brings products as well
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Form:
     hessians: Callable[[Tensor], SampleHessians]
 
 
-def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor]) -> Tensor:
+def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor], *, products: HVP | None = None) -> Tensor:
     """Say what the Hessian of a loss is, so that ``curvature="hessian"`` need not differentiate twice.
 
     Call it where your loss function has computed ``loss`` from ``outputs``. It costs nothing until a Newton step asks.
@@ -62,6 +64,8 @@ def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor]) ->
         blocks: gives (N, m, m): the second derivatives of ``loss`` (of its i-th entry, if it is one for each sample)
             with respect to each sample's outputs, as they were when the loss was computed. For a mean over N samples
             the 1/N is in it.  Let it hold detached tensors only.
+        products: gives ``H_i v_i`` of the same matrices, (K, N, m) -> (K, N, m): K vectors for every sample. Called in
+            place of ``blocks`` where those would take more than 256 MiB.
 
     Returns:
         ``loss``.
@@ -83,6 +87,8 @@ def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor]) ->
             raise ArgumentTypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}.")
     if not callable(blocks):
         raise ArgumentTypeError(f"blocks must be a function without arguments; got {type(blocks).__name__}.")
+    if not (products is None or callable(products)):
+        raise ArgumentTypeError(f"products must be a function of vectors or None; got {type(products).__name__}.")
     if outputs.ndim == 0 or (loss.numel() != 1 and tuple(loss.shape) != (outputs.shape[0],)):
         raise ShapeError(
             "loss must be one number or one for each sample (N,) of outputs (N, ...); got shapes "
@@ -93,8 +99,19 @@ def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor]) ->
     if loss.grad_fn is None:
         raise NoGradientError("loss has no autograd graph though outputs require grad: was it detached?")
     edge = get_gradient_edge(outputs)
-    mark_hessian(loss.grad_fn, (edge.node, edge.output_nr), blocks)
+    mark_hessian(loss.grad_fn, (edge.node, edge.output_nr), _Provided(blocks, products))
     return loss
+
+
+@dataclass(frozen=True)
+class _Provided:
+    """What :func:`with_hessian` was given; called, it is ``blocks``."""
+
+    blocks: Callable[[], Tensor]
+    products: HVP | None
+
+    def __call__(self) -> Tensor:
+        return self.blocks()
 
 
 def find_form(root: Node, boundary: Boundary, layout: RowLayout) -> Form | None:
@@ -151,19 +168,29 @@ def _is_linear(node: Node) -> bool:
 
 
 def _provided(blocks: Callable[[], Tensor], layout: RowLayout) -> Callable[[Tensor], SampleHessians]:
+    products: HVP | None = getattr(blocks, "products", None)
+    wanted = (layout.rows, layout.features, layout.features)
+
+    def check(shape: tuple[int, ...]) -> None:
+        if shape != wanted:
+            raise ShapeError(
+                f"blocks must give (N, m, m) = {wanted} for these outputs; got shape {shape}. "
+                f"feature_dims={layout.feature_dims} makes the samples."
+            )
+
     def hessians(upstream: Tensor) -> SampleHessians:
         weight = upstream.reshape(-1, 1, 1) if upstream.numel() > 1 else upstream.reshape(())
 
         def weighted() -> Tensor:
             own = blocks().detach()
-            if tuple(own.shape) != (layout.rows, layout.features, layout.features):
-                raise ShapeError(
-                    f"blocks must give (N, m, m) = ({layout.rows}, {layout.features}, {layout.features}) for these "
-                    f"outputs; got shape {tuple(own.shape)}. feature_dims={layout.feature_dims} makes the samples."
-                )
+            check(tuple(own.shape))
             return own.to(weight.dtype) * weight
 
-        return SampleHessians.of_blocks(weighted)
+        if products is None or math.prod(wanted) <= _BLOCK_ELEMENTS:
+            return SampleHessians.of_blocks(weighted)
+        check((layout.shape[0], *[math.prod(layout.shape[1:])] * 2))
+        each, of_each = products, weight.reshape(-1, 1)
+        return SampleHessians(lambda v: each(v).to(of_each.dtype) * of_each, independent=True)
 
     return hessians
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import newton_plugin as npl
 from newton_plugin._graph import known_hessian
-from newton_plugin.algorithms import RankingLoss, _network_loss
+from newton_plugin.algorithms import RankingLoss, _chunks
 from newton_plugin.algorithms._list_loss import plain_list_loss
 from newton_plugin.algorithms._ranking_loss import _targets
 
@@ -177,13 +177,24 @@ def test_derivatives_of_the_written_gradient() -> None:
         torch.testing.assert_close(many.sum(0) / 7, gradient.detach(), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("layout", ["odd_even", "bitonic"])
-def test_lists_worked_on_a_few_at_a_time(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = RankingLoss("sorting_network", layout=layout, reduction="none")
+@every_method
+def test_lists_worked_on_a_few_at_a_time(method, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = RankingLoss(method, reduction="none")
     scores, ranks = _lists(5, 1.0)
     mask = torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) < 0.8
     together = _written(loss, scores, ranks, mask)
     for size in (1, 150, 500):
-        monkeypatch.setattr(_network_loss, "_CHUNK", {"cpu": size})
+        monkeypatch.setattr(_chunks, "_CHUNK", {"cpu": size})
         for got, want in zip(_written(loss, scores, ranks, mask), together, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
+
+
+@every_method
+def test_asked_twice_it_says_the_same(method) -> None:
+    """What is kept is not written to, whatever is worked on in place."""
+    scores, ranks = _lists(5, 1.0)
+    for some in (slice(None), slice(0, 1)):
+        value = RankingLoss(method)(scores[some].requires_grad_(), ranks[some])
+        known = known_hessian(value.grad_fn)
+        assert known is not None
+        assert torch.equal(known[1](), known[1]())

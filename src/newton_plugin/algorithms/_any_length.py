@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from newton_plugin.algorithms._network_loss import InChunks
+from newton_plugin.algorithms._chunks import InChunks
 from newton_plugin.algorithms._neural_sort import check_scores
 from newton_plugin.algorithms._sorting_network import SortingNetwork
 

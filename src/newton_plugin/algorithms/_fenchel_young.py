@@ -22,7 +22,8 @@ differentiable mean solution P(y) of ``_perturbed`` and ``d = y - y0``, y0 the c
 
     value + < (P(y) + P(y0)) / 2 - t, d >
 
-has at y = y0 the gradient ``P - t`` and the Hessian ``(J + J^T) / 2``.
+has at y = y0 the gradient ``P - t`` and the Hessian ``(J + J^T) / 2``, which a Newton step gets in closed form
+(``_score_hessian``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from newton_plugin._eager import eager
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice
 from newton_plugin.algorithms._black_box import BlackBox, check_problems, features
 from newton_plugin.algorithms._perturbed import solve_perturbed
+from newton_plugin.algorithms._score_hessian import ScoreHessian, bring_hessian
 from newton_plugin.algorithms._smoothing import BASELINE, Smoother
 
 __all__ = ["FenchelYoungLoss"]
@@ -113,17 +115,19 @@ class FenchelYoungLoss(torch.nn.Module):
     @eager
     def forward(self, y: Tensor, target: Tensor) -> Tensor:
         """The loss of y (N, ...) given observed solutions (N, ...)."""
-        y = check_problems(y)
+        outputs, y = y, check_problems(y)
         target = _check_target(target, y)
-        mean, noise, solutions = solve_perturbed(self._smoother, y)
+        mean, noise, solutions, advantages = solve_perturbed(self._smoother, y)
         box, start = self._smoother.box, y.detach()
         with torch.autocast(y.device.type, enabled=False):
             regret = box.points(start, noise) * (solutions - target)
             slope = ((mean + mean.detach()) / 2 - target) * (y - start)
             loss = box.sign * (features(regret, 2).sum(-1).mean(0) + features(slope, 1).sum(-1))
-        if self.reduction == "mean":
-            return loss.mean()
-        return loss.sum() if self.reduction == "sum" else loss
+        assert advantages is not None
+        weight = 1 / max(1, loss.numel()) if self.reduction == "mean" else 1.0
+        if self.reduction != "none":
+            loss = loss.mean() if self.reduction == "mean" else loss.sum()
+        return bring_hessian(loss, outputs, ScoreHessian(box, noise, advantages, smoothed=False, weight=weight), box)
 
 
 def _check_target(target: Any, y: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ShapeError, check_floating, check_positive
-from newton_plugin.algorithms._list_loss import row_weight
+from newton_plugin.algorithms._chunks import InChunks
 from newton_plugin.algorithms._log_domain import log_softmax_and_complement, log_zero, wide
 from newton_plugin.algorithms._row_logits import NeuralSortLogits
-from newton_plugin.algorithms._row_loss import RowLoss
+from newton_plugin.algorithms._row_loss import row_losses
 
 __all__ = ["NeuralSort", "check_scores", "neural_sort"]
 
@@ -95,9 +95,9 @@ class NeuralSort:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""
         return log_softmax_and_complement(self._logits(scores, scores.shape[-1], lengths))
 
-    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> RowLoss:
+    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
         """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
-        return RowLoss(NeuralSortLogits(wide(scores), self.temperature, lengths), target, row_weight(scores, lengths))
+        return row_losses(lambda s, m: NeuralSortLogits(s, self.temperature, m), scores, target, lengths)
 
     def _logits(self, scores: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
         check_scores(scores)

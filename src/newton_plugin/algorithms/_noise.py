@@ -57,7 +57,10 @@ class Noise(Protocol):
         ...
 
     def score(self, noise: Tensor) -> Tensor:
-        """``-(log mu)'``, for each coordinate."""
+        """``-(log mu)'``, for each coordinate.
+
+        A density may have a method ``slope`` as well, the derivative of this; Hessians then come in closed form.
+        """
         ...
 
 
@@ -87,6 +90,10 @@ class Gaussian:
         """``e``."""
         return noise
 
+    def slope(self, noise: Tensor) -> Tensor:
+        """1, the derivative of the score."""
+        return torch.ones_like(noise)
+
 
 class Gumbel:
     """Gumbel noise with mean zero: under it the expected argmax is a softmax.
@@ -114,6 +121,10 @@ class Gumbel:
     def score(self, noise: Tensor) -> Tensor:
         """``1 - exp(-z)``."""
         return -torch.expm1(-EULER - noise)
+
+    def slope(self, noise: Tensor) -> Tensor:
+        """``exp(-z)``, the derivative of the score."""
+        return torch.exp(-EULER - noise)
 
 
 class Cauchy:
@@ -143,6 +154,11 @@ class Cauchy:
     def score(self, noise: Tensor) -> Tensor:
         """``2 e / (1 + e^2)``."""
         return 2 * noise / (1 + noise.square())
+
+    def slope(self, noise: Tensor) -> Tensor:
+        """``2 (1 - e^2) / (1 + e^2)^2``, the derivative of the score."""
+        squared = noise.square()
+        return 2 * ((1 - squared) / (1 + squared)) / (1 + squared)
 
 
 _BY_NAME = {"gaussian": Gaussian, "gumbel": Gumbel, "cauchy": Cauchy}

@@ -25,7 +25,7 @@ from torch import Tensor
 from newton_plugin._eager import eager
 from newton_plugin._errors import ShapeError
 from newton_plugin.algorithms._black_box import BlackBox, check_problems
-from newton_plugin.algorithms._smoothing import BASELINE, Smoother
+from newton_plugin.algorithms._smoothing import BASELINE, Smoothed, Smoother
 
 __all__ = ["PerturbedOptimizer", "solve_perturbed"]
 
@@ -93,15 +93,16 @@ class PerturbedOptimizer(torch.nn.Module):
     @eager
     def forward(self, y: Tensor) -> Tensor:
         """The mean solution at y (N, ...)."""
-        return solve_perturbed(self._smoother, check_problems(y))[0]
+        return solve_perturbed(self._smoother, check_problems(y)).mean
 
 
-def solve_perturbed(smoother: Smoother, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def solve_perturbed(smoother: Smoother, y: Tensor) -> Smoothed:
     """What ``smoother`` gives, after a look at the shape of the solutions."""
-    mean, noise, solutions = smoother(y)
+    smoothed = smoother(y)
+    mean = smoothed.mean
     if mean.shape != y.shape:
         raise ShapeError(
             f"solver must return solutions shaped like its problems, {tuple(y.shape[1:])} each; got "
             f"{tuple(mean.shape[1:])}. To smooth a function that returns something else, use StochasticSmoothing."
         )
-    return mean, noise, solutions
+    return smoothed

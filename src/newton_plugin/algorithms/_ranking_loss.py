@@ -95,7 +95,7 @@ class RankingLoss(torch.nn.Module):
         if hessian is None or scores.ndim != 2:
             return loss
         of_each = hessian
-        return with_hessian(loss, scores, lambda: of_each() / (count if self.reduction == "mean" else 1))
+        return with_hessian(loss, scores, lambda: of_each().div_(count if self.reduction == "mean" else 1))
 
     def _lists(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The loss of each list, (...,), and what gives their Hessians, if the method can and somebody might ask."""

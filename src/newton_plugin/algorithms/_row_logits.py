@@ -12,6 +12,7 @@ Everything over the temperature. At a tie the sign is 0, as autograd has it.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,22 +20,11 @@ from torch import Tensor
 
 from newton_plugin.algorithms._log_domain import log_zero
 
-__all__ = ["NeuralSortLogits", "RowLogits", "SoftSortLogits"]
+__all__ = ["LinearLogits", "NeuralSortLogits", "RowLogits", "SoftSortLogits"]
 
 
-class RowLogits(Protocol):
-    """Logits with their first and second derivatives, of lists (N, n)."""
-
-    z: Tensor
-    """(N, n, n)"""
-
-    def columns(self, matrix: Tensor) -> Tensor:
-        """(N, n, n) with elements as columns, in the order of the columns of z."""
-        ...
-
-    def pull(self, gradient: Tensor) -> Tensor:
-        """``sum_ik gradient_ik J_ik``: (N, n, n) -> (N, n), for rows that sum to 0."""
-        ...
+class LinearLogits(Protocol):
+    """The first and second derivatives of the logits z of some lists, n of them."""
 
     def combine(self, weights: Tensor) -> Tensor:
         """``sum_k weights_ik J_ik`` for each row: (N, r, n, n) -> (N, r, n, n)."""
@@ -44,12 +34,16 @@ class RowLogits(Protocol):
         """``J_ik`` with one k for each row i: (N, n, 1) -> (N, n, n)."""
         ...
 
+    def outer(self, index: Tensor, right: Tensor) -> Tensor:
+        """``sum_i J_ik right_i'`` with one k for each row i: (N, n, 1), (N, n, n) -> (N, n, n)."""
+        ...
+
     def squares(self, weights: Tensor) -> Tensor:
-        """``sum_ik weights_ik J_ik J_ik'``: (N, n, n) -> (N, n, n)."""
+        """``sum_ik weights_ik J_ik J_ik'``: (N, n, n) -> (N, n, n), exactly symmetric."""
         ...
 
     def bend(self, gradient: Tensor) -> Tensor | None:
-        """``sum_ik gradient_ik d2 z_ik / ds2``; None where z is piecewise linear."""
+        """``sum_ik gradient_ik d2 z_ik / ds2``, for the gradient that was pulled; None where z is piecewise linear."""
         ...
 
     def restore(self, hessian: Tensor) -> Tensor:
@@ -57,8 +51,35 @@ class RowLogits(Protocol):
         ...
 
 
+class RowLogits(Protocol):
+    """Logits of lists (N, n)."""
+
+    z: Tensor
+    """(N, n, n)"""
+
+    @property
+    def at_once(self) -> int:
+        """Lists that are differentiated twice at a time."""
+        ...
+
+    def columns(self, matrix: Tensor) -> Tensor:
+        """(N, n, n) with elements as columns, in the order of the columns of z."""
+        ...
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """``sum_ik gradient_ik J_ik``: (N, n, n) -> (N, n), for rows that sum to 0."""
+        ...
+
+    def part(self, lists: slice) -> LinearLogits:
+        """Of so many lists; after :meth:`pull`."""
+        ...
+
+
 class NeuralSortLogits:
-    """See the module.
+    """See the module; the columns of z are in sorted order.
+
+    There ``G_ka`` is 1 behind the elements that are tied with a, -1 before them and 0 among them, so that products with
+    G are differences of cumulative sums.
 
     Args:
         scores: (N, n), in the precision to work in.
@@ -68,53 +89,105 @@ class NeuralSortLogits:
 
     def __init__(self, scores: Tensor, temperature: float, lengths: Tensor | None = None) -> None:
         self._temperature = temperature
-        s = scores / temperature
-        n = s.shape[-1]
-        place = torch.arange(1 - n, n, 2, device=s.device, dtype=s.dtype).unsqueeze(-1)
-        sign = s.unsqueeze(-1) - s.unsqueeze(-2)
+        n = scores.shape[-1]
+        absent = None if lengths is None else torch.arange(n, device=scores.device) >= lengths.unsqueeze(-1)
+        self._order = _sorted_order(scores, absent)
+        self._t = t = scores.gather(-1, self._order) / temperature
+        place = torch.arange(1 - n, n, 2, device=t.device, dtype=t.dtype).unsqueeze(-1)
+        sign = t.unsqueeze(-1) - t.unsqueeze(-2)
         distance = sign.abs()
-        sign.sign_()
-        if lengths is None:
-            self._place, self._sign = place, sign
-            self.z = torch.addcmul(-distance.sum(-1).unsqueeze(-2), place, s.unsqueeze(-2))
+        self._sign = sign.sign_()
+        self._present: Tensor | None = None
+        if absent is None:
+            self.z = torch.addcmul(-distance.sum(-1).unsqueeze(-2), place, t.unsqueeze(-2))
         else:
-            present = torch.arange(n, device=s.device) < lengths.unsqueeze(-1)
-            self._place = place + (n - lengths)[:, None, None]
-            self._sign = sign * present.unsqueeze(-2)
+            assert lengths is not None
+            self._present = present = ~absent
+            sign.mul_(present.unsqueeze(-2)).mul_(present.unsqueeze(-1))
             distance = (distance * present.unsqueeze(-2)).sum(-1).unsqueeze(-2)
-            z = self._place * s.unsqueeze(-2) - distance
-            self.z = z.masked_fill_(~present.unsqueeze(-2), log_zero(z))
-        self._own = self._place - self._sign.sum(-1).unsqueeze(-2)
+            place = place + (n - lengths)[:, None, None]
+            z = place * t.unsqueeze(-2) - distance
+            self.z = z.masked_fill_(absent.unsqueeze(-2), log_zero(z))
+        self._own = place - sign.sum(-1).unsqueeze(-2)
+
+    @cached_property
+    def _ends(self) -> tuple[Tensor, Tensor] | None:
+        """First and last of the elements that each is tied with, (N, n); None: itself."""
+        tied = self._t[:, 1:] == self._t[:, :-1]
+        if self._present is not None:
+            tied = tied & self._present[:, 1:]
+        if tied.device.type == "cpu" and not tied.any():  # elsewhere, looking costs more than it saves
+            return None
+        place = torch.arange(self._t.shape[-1], device=tied.device)
+        first = torch.nn.functional.pad(~tied * place[1:], (1, 0)).cummax(-1).values
+        back = torch.nn.functional.pad(~tied * (place[-1] - place[:-1]), (0, 1)).flip(-1).cummax(-1).values
+        return first, place[-1] - back.flip(-1)
+
+    @property
+    def at_once(self) -> int:
+        return len(self.z)
+
+    def part(self, lists: slice) -> NeuralSortLogits:
+        return self
 
     def columns(self, matrix: Tensor) -> Tensor:
-        return matrix
+        return matrix.gather(-1, self._order.unsqueeze(-2).expand_as(matrix))
 
     def pull(self, gradient: Tensor) -> Tensor:
         spread = (gradient.sum(-2).unsqueeze(-2) @ self._sign).squeeze(-2)
-        return ((gradient * self._own).sum(-2) + spread) / self._temperature
+        along = ((gradient * self._own).sum(-2) + spread) / self._temperature
+        return torch.zeros_like(along).scatter_(-1, self._order, along)
 
     def combine(self, weights: Tensor) -> Tensor:
-        spread = (weights.flatten(1, 2) @ self._sign).view(weights.shape)
-        return spread.addcmul_(weights, self._own.unsqueeze(1)).div_(self._temperature)
+        upto = weights.cumsum(-1)
+        if self._ends is None:
+            spread = torch.add(weights, upto[..., -1:]).sub_(upto, alpha=2)
+        else:
+            first, last = (end[:, None, None].expand_as(weights) for end in self._ends)
+            spread = upto[..., -1:] - upto.gather(-1, last)
+            spread.sub_(upto.sub_(weights).gather(-1, first))
+        return spread.addcmul_(weights, self._own.unsqueeze(1))
 
     def rows(self, index: Tensor) -> Tensor:
-        rows = self._sign.gather(-2, index.expand_as(self._sign))
-        return rows.scatter_add_(-1, index, self._own.gather(-1, index)).div_(self._temperature)
+        t = self._t.unsqueeze(-2)
+        rows = (self._t.gather(-1, index.squeeze(-1)).unsqueeze(-1) - t).sign_()
+        return rows.scatter_add_(-1, index, self._own.gather(-1, index))
+
+    def outer(self, index: Tensor, right: Tensor) -> Tensor:
+        if self._ends is not None or not _is_own_place(index):
+            return self.rows(index).mT @ right
+        upto = right.cumsum(-2)
+        own = self._own.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        return torch.add(right, upto[:, -1:]).sub_(upto, alpha=2).addcmul_(own, right)
 
     def squares(self, weights: Tensor) -> Tensor:
+        r"""With ``J = d_k e_k + G_k``, W, L, D the sums over rows of ``weights``, times d, times d^2::
+
+            diag(D) + (L_a G_ab + L_b G_ba) + sum_k W_k G_ka G_kb
+
+        The last sum is all of W, minus twice what lies between a and b, minus what is tied with either: for a before b
+        it is ``sum W + h_a - h_b``, h the sum of W before a's ties and up to their last; for a tied with b,
+        ``sum W`` minus that of the ties.
+        """
         linear = weights * self._own
-        half = 0.5 * weights.sum(-2).unsqueeze(-1) * self._sign
-        half.diagonal(dim1=-2, dim2=-1).add_(linear.sum(-2))
-        half = self._sign.mT @ half
-        result = half + half.mT
-        result.diagonal(dim1=-2, dim2=-1).add_((linear * self._own).sum(-2))
-        return result.div_(self._temperature**2)
+        total, of_linear = weights.sum(-2), linear.sum(-2)
+        upto = total.cumsum(-1)
+        below, behind = upto - total, upto
+        if self._ends is not None:
+            below, behind = (side.gather(-1, end) for side, end in zip((below, behind), self._ends, strict=True))
+        slope = of_linear - below - behind
+        result = (slope.unsqueeze(-1) - slope.unsqueeze(-2)).mul_(self._sign).add_(upto[:, -1, None, None])
+        result.sub_((self._sign == 0) * (behind - below).unsqueeze(-1))
+        result.diagonal(dim1=-2, dim2=-1).add_(linear.mul_(self._own).sum(-2))
+        return result
 
     def bend(self, gradient: Tensor) -> Tensor | None:
         return None
 
     def restore(self, hessian: Tensor) -> Tensor:
-        return hessian
+        if self._present is not None:
+            hessian = hessian * self._present.unsqueeze(-1) * self._present.unsqueeze(-2)
+        return _unsorted(hessian, self._order).div_(self._temperature**2)
 
 
 class SoftSortLogits:
@@ -128,8 +201,7 @@ class SoftSortLogits:
     def __init__(self, scores: Tensor, temperature: float, p: int, lengths: Tensor | None = None) -> None:
         n = scores.shape[-1]
         absent = None if lengths is None else torch.arange(n, device=scores.device) >= lengths.unsqueeze(-1)
-        key = scores if absent is None else scores.masked_fill(absent, torch.inf)
-        self._order = key.sort(dim=-1, stable=True).indices
+        self._order = _sorted_order(scores, absent)
         t = scores.gather(-1, self._order)
         distance = t.unsqueeze(-1) - t.unsqueeze(-2)
         if p == 1:
@@ -139,6 +211,13 @@ class SoftSortLogits:
             self._slope, self._curvature = distance * (-2 / temperature), -2 / temperature
             z = distance.square() * (-1 / temperature)
         self.z = z if absent is None else z.masked_fill_(absent.unsqueeze(-2), log_zero(z))
+
+    @property
+    def at_once(self) -> int:
+        return len(self.z)
+
+    def part(self, lists: slice) -> SoftSortLogits:
+        return self
 
     def columns(self, matrix: Tensor) -> Tensor:
         return matrix.gather(-1, self._order.unsqueeze(-2).expand_as(matrix))
@@ -160,6 +239,11 @@ class SoftSortLogits:
         result = torch.diag_embed(slope.squeeze(-1))
         return result.scatter_add_(-1, index, -slope)
 
+    def outer(self, index: Tensor, right: Tensor) -> Tensor:
+        if _is_own_place(index):
+            return torch.zeros_like(right)
+        return self.rows(index).mT @ right
+
     def squares(self, weights: Tensor) -> Tensor:
         return _laplacian(weights * self._slope.square())
 
@@ -167,9 +251,25 @@ class SoftSortLogits:
         return _laplacian(self._curvature * gradient) if self._curvature else None
 
     def restore(self, hessian: Tensor) -> Tensor:
-        index = self._order.unsqueeze(-2)
-        rows = torch.empty_like(hessian).scatter_(-1, index.expand_as(hessian), hessian)
-        return torch.empty_like(hessian).scatter_(-2, index.mT.expand_as(hessian), rows)
+        return _unsorted(hessian, self._order)
+
+
+def _sorted_order(scores: Tensor, absent: Tensor | None) -> Tensor:
+    """Indices of the sorted scores, ties as they come, those that are absent at the end."""
+    key = scores if absent is None else scores.masked_fill(absent, torch.inf)
+    return key.sort(dim=-1, stable=True).indices
+
+
+def _is_own_place(index: Tensor) -> bool:
+    """Whether it is that of the row in all rows, (N, n, 1); False where to look would be to wait for the device."""
+    return index.device.type == "cpu" and bool((index.squeeze(-1) == torch.arange(index.shape[1])).all())
+
+
+def _unsorted(hessian: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of a symmetric matrix back to where they were before sorting."""
+    index = order.unsqueeze(-2).expand_as(hessian)
+    columns = torch.empty_like(hessian).scatter_(-1, index, hessian)
+    return torch.empty_like(hessian).scatter_(-1, index, columns.mT)
 
 
 def _laplacian(weights: Tensor) -> Tensor:

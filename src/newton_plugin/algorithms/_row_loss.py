@@ -21,22 +21,32 @@ Hessian of 1e-30 comes out as 1e-30 and not as the rounding error of 1 - 1.
     J' H J = sum_k a_k D_k D_k' - (x y' + y x') - e (sum_k w_k E_k E_k' - v v')
     a_k = p_k (b_k + sum_l p_l b_l)     x = sum_k p_k b_k D_k     y = sum_k p_k D_k     v = sum_k w_k E_k
 
+Multiplied out, with sums over the others ``S = sum_k p_k = 1 - p_1``, ``B = sum_k p_k b_k``, ``jp = sum_k p_k J_k`` and
+``jb = sum_k p_k b_k J_k``, the first two are, in squares of single J and two products, symmetrised::
+
+    sum_k a_k J_k J_k' + p_1 (B + b_1 S) J_1 J_1' - jb jp' - jp jb' - p_1 (J_1 (jb + b_1 jp)' + (jb + b_1 jp) J_1')
+
 The last term is ``-e sum_k w_k J_k J_k'`` and a form in J_2 and ``j = sum_k w_k J_k``. With s the sum of these w
 and ``r = sqrt(1 - s)``, that is a single product, symmetrised: ``e (j - r s/(1 + r) J_2) (j + r (1 + r) J_2)'``. For
-all rows of a list together this is a handful of products of n x n matrices (``_row_logits`` has the J): O(n^3), and
-no second differentiation.
+all rows of a list together this is two or three products of n x n matrices, and sums (``_row_logits`` and
+``_network_logits`` have the J): O(n^3), and no second differentiation.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from newton_plugin.algorithms._chunks import InChunks, chunk_of
+from newton_plugin.algorithms._list_loss import row_weight
+from newton_plugin.algorithms._log_domain import wide
 from newton_plugin.algorithms._row_logits import RowLogits
 
-__all__ = ["RowLoss"]
+__all__ = ["RowLoss", "row_losses"]
 
 
 class _Terms(NamedTuple):
@@ -49,6 +59,27 @@ class _Terms(NamedTuple):
     w: Tensor  # 0 at the first
     log_p: Tensor
     log_q: Tensor
+
+
+def row_losses(
+    logits: Callable[[Tensor, Tensor | None], RowLogits], scores: Tensor, target: Tensor, lengths: Tensor | None
+) -> InChunks:
+    """The :class:`RowLoss` of lists (N, n), a few at a time.
+
+    Args:
+        logits: of some lists, from their scores, in the precision to work in, and their lengths.
+        scores: (N, n).
+        target: (N, n, n).
+        lengths: (N,) or None.
+    """
+    s, weight = wide(scores), row_weight(scores, lengths)
+
+    def part(lists: slice) -> RowLoss:
+        some = weight[lists] if isinstance(weight, Tensor) else weight
+        return RowLoss(logits(s[lists], None if lengths is None else lengths[lists]), target[lists], some)
+
+    # Of the dozen matrices of a list that are at work at a time, as many as a cache holds.
+    return InChunks(part, s.shape[0], chunk_of(s, 2 * s.shape[-1] ** 2), keep=True)
 
 
 class RowLoss:
@@ -83,30 +114,47 @@ class RowLoss:
 
     def hessian(self) -> Tensor:
         """(N, n, n), exactly symmetric."""
-        first, second, p, p1, w, _, _ = self._terms
-        c, odds, weight = self._other, self._odds, self._weight
+        some = max(1, self._logits.at_once)
+        starts = range(0, max(1, len(self._other)), some)
+        parts = [self._hessian(slice(start, start + some)) for start in starts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _hessian(self, lists: slice) -> Tensor:
+        first, second, p, p1, w = (term[lists] for term in self._terms[:5])
+        c, odds, row_gradient = (t[lists] for t in (self._other, self._odds, self._row_gradient))
+        weight = self._weight[lists] if isinstance(self._weight, Tensor) else self._weight
+        logits = self._logits.part(lists)
         ch = odds + odds / (1 - p)
         b = c + ch + (1 - ch.sum(-1, keepdim=True)) / 2
         w = w.scatter(-1, second, 0.0)
         each = torch.stack((p, p * b, w), 1)
         sp, sb, s = each.sum(-1, keepdim=True).unbind(1)
-        jp, jb, j = self._logits.combine(each).unbind(1)
-        j1, j2 = self._logits.rows(first), self._logits.rows(second)
+        jp, jb, j = logits.combine(each).unbind(1)
+        j2 = logits.rows(second)
         pb = each[:, 1]
-        mean_b = sb + p1 * b.gather(-1, first)  # so a = pb + mean_b p
+        b1 = b.gather(-1, first)
+        mean_b = torch.addcmul(sb, p1, b1)  # so a = pb + mean_b p
         e = c.gather(-1, first) * p1 * (2 - p1)
         r = (1 - s).clamp_(min=0).sqrt()
-        left = torch.cat((j1, jb - sb * j1, e * (j - r * s / (1 + r) * j2)), -2)
-        right = torch.cat(
-            (0.5 * (sb + mean_b * sp) * j1 - jb - mean_b * jp, sp * j1 - jp, 0.5 * (j + r * (1 + r) * j2)), -2
-        )
-        squares = torch.addcmul(pb, mean_b, p).addcmul_(e, w, value=-1)
+        squares = torch.addcmul(pb, mean_b, p).addcmul_(e, w, value=-1).scatter_(-1, first, p1 * (sb + b1 * sp))
+        across = torch.addcmul(jb, b1, jp).mul_(p1)
+        left = j - (r * s / (1 + r)) * j2
+        right = torch.addcmul(j, r * (1 + r), j2).mul_(0.5 * e)
         if isinstance(weight, Tensor):
-            squares, right, weight = squares * weight, right * weight.repeat(1, 3, 1), 1.0
-        half = left.mT @ right
-        hessian = (self._logits.squares(squares) + (half + half.mT)) * weight
-        bent = self._logits.bend(self._row_gradient)
-        return self._logits.restore(hessian if bent is None else hessian + bent)
+            squares, across, right, jp = squares * weight, across * weight, right * weight, jp * weight
+        half = logits.outer(first, across).baddbmm_(jb.mT, jp).neg_().baddbmm_(left.mT, right)
+        hessian = logits.squares(squares).add_(half + half.mT)
+        if not isinstance(weight, Tensor):
+            hessian.mul_(weight)
+        bent = logits.bend(row_gradient)
+        if bent is not None:
+            hessian.add_(bent)
+        return logits.restore(hessian)
+
+
+def _log_least(z: Tensor) -> float:
+    """Of what is not negligible beside 1, with room for products."""
+    return math.log(torch.finfo(z.dtype).tiny) / 2
 
 
 def _terms(z: Tensor) -> _Terms:
@@ -114,12 +162,13 @@ def _terms(z: Tensor) -> _Terms:
     two, index = z.topk(2, dim=-1)
     (z1, z2), (first, second) = two.split(1, -1), index.split(1, -1)
     gap = z2 - z1
-    others = (z - z2).scatter_(-1, first, -torch.inf).exp_()
+    # Numbers near the end of the range are slow to compute with, and beside exp(0), the second, they are nothing.
+    others = torch.threshold_(z - z2, _log_least(z), -torch.inf).scatter_(-1, first, -torch.inf).exp_()
     total = others.sum(-1, keepdim=True)
     ratio = gap.exp()
     rest = ratio * total
     log_total = rest.log1p()
     p1 = 1 / (1 + rest)
-    p = others * (ratio * p1)
+    p = torch.threshold_(others * (ratio * p1), torch.finfo(z.dtype).tiny / torch.finfo(z.dtype).eps, 0.0)
     log_q = torch.log1p(-p).scatter_(-1, first, gap + total.log() - log_total)
     return _Terms(first, second, p, p1, others / total, (z - z1) - log_total, log_q)

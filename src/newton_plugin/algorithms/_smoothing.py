@@ -19,7 +19,7 @@ stochastic computation graphs this is the "infinitely differentiable Monte Carlo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +28,27 @@ from newton_plugin._eager import eager
 from newton_plugin._errors import ArgumentError, ShapeError, check_choice, check_positive
 from newton_plugin.algorithms._black_box import BlackBox, check_problems, features
 from newton_plugin.algorithms._differences import smoothed_by_differences
+from newton_plugin.algorithms._score_hessian import ScoreHessian, bring_hessian
 
-__all__ = ["ESTIMATORS", "Smoother", "StochasticSmoothing"]
+__all__ = ["ESTIMATORS", "Smoothed", "Smoother", "StochasticSmoothing"]
 
 ESTIMATORS = ("score", "symmetric_score", "finite_difference")
+
+
+class Smoothed(NamedTuple):
+    """What a :class:`Smoother` gives.
+
+    Attributes:
+        mean: differentiable, (N, ...).
+        noise: (K, N, ...).
+        values: the samples, (K, N, ...).
+        advantages: samples minus their baseline, (K, N, q); None where the estimator has none.
+    """
+
+    mean: Tensor
+    noise: Tensor
+    values: Tensor
+    advantages: Tensor | None
 
 
 class Smoother:
@@ -46,8 +63,8 @@ class Smoother:
                 f"samples must be even for estimator='finite_difference', which evaluates pairs; got {box.samples}."
             )
 
-    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Problems (N, ...) -> differentiable mean (N, ...), noise (K, N, ...), samples (K, N, ...)."""
+    def __call__(self, y: Tensor) -> Smoothed:
+        """The smoothed value of problems (N, ...), and what it was made of."""
         start = y.detach()
         noise = self.box.draw(start)
         values = self.box.solve(self.box.points(start, noise))
@@ -56,13 +73,13 @@ class Smoother:
                 self._check_solution(start, values)
             if self.estimator == "finite_difference":
                 mean = values.mean(0)
-                return smoothed_by_differences(self.box, self.width, y, noise, mean), noise, values
-            return self._by_scores(y, start, noise, values), noise, values
+                return Smoothed(smoothed_by_differences(self.box, self.width, y, noise, mean), noise, values, None)
+            advantages = self.box.advantages(start, features(values, 2))
+            return Smoothed(self._by_scores(y, start, noise, values, advantages), noise, values, advantages)
 
-    def _by_scores(self, y: Tensor, start: Tensor, noise: Tensor, values: Tensor) -> Tensor:
+    def _by_scores(self, y: Tensor, start: Tensor, noise: Tensor, values: Tensor, advantages: Tensor) -> Tensor:
         e, density = features(noise, 2), self.box.density
         shift = features(y - start, 1) * (self.box.sign / self.box.sigma)
-        advantages = self.box.advantages(start, features(values, 2))
         weight = torch.expm1(density.log_ratio(e, shift)) / self.box.samples
         derivatives = torch.einsum("kn,knq->nq", weight, advantages)
         if self.estimator == "symmetric_score":
@@ -182,4 +199,8 @@ class StochasticSmoothing(torch.nn.Module):
     @eager
     def forward(self, y: Tensor) -> Tensor:
         """The smoothed fn at y (N, ...)."""
-        return self._smoother(check_problems(y))[0]
+        value, noise, values, advantages = self._smoother(check_problems(y))
+        if values.ndim > 2 or advantages is None or self._smoother.estimator != "score":
+            return value  # an algorithm; or a Hessian that is not the one of the score function
+        hessian = ScoreHessian(self._smoother.box, noise, advantages, smoothed=True)
+        return bring_hessian(value, y, hessian, self._smoother.box)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import check_choice, check_positive
-from newton_plugin.algorithms._list_loss import row_weight
+from newton_plugin.algorithms._chunks import InChunks
 from newton_plugin.algorithms._log_domain import log_softmax_and_complement, log_zero, wide
 from newton_plugin.algorithms._neural_sort import check_scores
 from newton_plugin.algorithms._row_logits import SoftSortLogits
-from newton_plugin.algorithms._row_loss import RowLoss
+from newton_plugin.algorithms._row_loss import row_losses
 
 __all__ = ["SoftSort", "soft_sort"]
 
@@ -94,11 +94,9 @@ class SoftSort:
             z = d * d * (-4 / self.temperature)
         return torch.softmax(z, dim=-1).to(scores.dtype)
 
-    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> RowLoss:
+    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
         """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
-        return RowLoss(
-            SoftSortLogits(wide(scores), self.temperature, self.p, lengths), target, row_weight(scores, lengths)
-        )
+        return row_losses(lambda s, m: SoftSortLogits(s, self.temperature, self.p, m), scores, target, lengths)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""

@@ -29,13 +29,15 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_positive
+from newton_plugin.algorithms._chunks import InChunks, chunk_of
 from newton_plugin.algorithms._layers import LAYOUTS, Layer, join, schedule, split
 from newton_plugin.algorithms._list_loss import row_weight
 from newton_plugin.algorithms._log_domain import log_zero, wide
 from newton_plugin.algorithms._network_chain import Chain
-from newton_plugin.algorithms._network_loss import InChunks, NetworkLoss, chunk_of
+from newton_plugin.algorithms._network_logits import NetworkLogits
 from newton_plugin.algorithms._neural_sort import check_scores
 from newton_plugin.algorithms._ragged import BitonicLists, Lists, OddEvenLists
+from newton_plugin.algorithms._row_loss import RowLoss
 from newton_plugin.algorithms._swaps import SWAPS, log_swap, swap
 
 __all__ = ["SortingNetwork"]
@@ -180,25 +182,23 @@ class SortingNetwork(torch.nn.Module):
     def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
         """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
 
-        def part(lists: slice) -> NetworkLoss:
-            return self._loss(scores[lists], target[lists], None if lengths is None else lengths[lists])
+        def part(lists: slice) -> RowLoss:
+            some = None if lengths is None else lengths[lists]
+            return RowLoss(self._logits(scores[lists], some), target[lists], row_weight(scores[lists], some))
 
         wires = self.n + self._resting
-        return InChunks(part, scores.shape[0], 8 * chunk_of(scores, 2 * wires * self.n))
+        return InChunks(part, scores.shape[0], 16 * chunk_of(scores, 2 * wires * self.n), keep=False)
 
-    def _loss(self, scores: Tensor, target: Tensor, lengths: Tensor | None) -> NetworkLoss:
+    def _logits(self, scores: Tensor, lengths: Tensor | None) -> NetworkLogits:
         x = wide(self._prepare(scores))
-        weights = torch.cat((target, 1 - target), -1) * row_weight(scores, lengths)
         directions = torch.eye(self.n, dtype=x.dtype, device=x.device)
-        states = [x, self._log_identity(x), self._columns(directions, x)]
+        states = [x, self._log_identity(x).narrow(1, 0, self.n), self._columns(directions, x)]
         slopes = self.slopes(x)
         active: list[Tensor | None]
         if lengths is None:
             active = [s != 0 if isinstance(s, Tensor) and self._resting else None for s in slopes]
             place = take = adjoint = lambda state: state
         else:
-            present = torch.arange(self.n, device=x.device) < lengths.unsqueeze(-1)
-            weights = weights * torch.cat((present, present), -1).unsqueeze(-2)
             lists = self._ragged(lengths, x.shape[0])
             slopes = [
                 lists.slope(layer, depth, s) for depth, (layer, s) in enumerate(zip(self._layers, slopes, strict=True))
@@ -206,9 +206,9 @@ class SortingNetwork(torch.nn.Module):
             active = [lists.active(layer, depth) for depth, layer in enumerate(self._layers)]
             place, take, adjoint = lists.place, lists.take, lists.adjoint
         x, logs, directions = (place(state) for state in states)
-        weights = adjoint(self._rest(weights.permute(1, 2, 0).neg()))
-        restore = lambda state: self._lists(take(state), scores)  # noqa: E731
-        return NetworkLoss(x, logs, weights, self._layers, slopes, active, self.swap, directions, restore)
+        enter = lambda of_lists: adjoint(self._rest(of_lists.permute(1, 2, 0)))  # noqa: E731
+        leave = lambda state: self._lists(take(state), scores)  # noqa: E731
+        return NetworkLogits(x, logs, self._layers, slopes, active, self.swap, directions, enter, leave)
 
     def _ragged(self, lengths: Tensor, wires: int) -> Lists:
         if self.layout == "odd_even":
