@@ -10,7 +10,7 @@ output space and train on the quadratic surrogate. Three doors:
 
 from newton_plugin import testing
 from newton_plugin._closed_form import with_hessian
-from newton_plugin._curvature import Curvature, CurvatureStep, EmpiricalFisher, SoftNormalization
+from newton_plugin._curvature import Curvature, CurvatureStep
 from newton_plugin._damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._errors import (
     ArgumentError,
@@ -25,6 +25,7 @@ from newton_plugin._errors import (
     ShapeError,
     SingularCurvatureError,
 )
+from newton_plugin._fisher import EmpiricalFisher, SoftNormalization
 from newton_plugin._hessian import Hessian
 from newton_plugin._hook import LossHook
 from newton_plugin._loss import NewtonLoss, newton_loss

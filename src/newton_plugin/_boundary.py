@@ -26,7 +26,7 @@ class Cut:
         boundaries: where to take the step.
         dropped: what was passed over, and why, in words.
         turned: outputs whose features were transposed on the way to the loss, with both shapes, in words.
-        seen: what the graph holds, in words, for the error where nothing was found.
+        seen: what the graph holds, in words, for the error where nothing was found; empty where something was.
         preconditioned: some of the loss carries a Newton step of its own already.
     """
 
@@ -57,19 +57,22 @@ class BoundaryFinder(Protocol):
 
 def boundaries_at(edges: Mapping[Edge, str], graph: LossGraph, already: int = 0) -> Cut:
     """Make boundaries of edges; of nested ones keep those nearest the loss."""
-    cut = Cut([], seen=describe(graph), preconditioned=already > 0 or bool(graph.preconditioned))
+    cut = Cut([], preconditioned=already > 0 or bool(graph.preconditioned))
     nested: set[Edge] = set()
     if len(edges) > 1:
         for edge in edges:
             nested |= upstream_edges(edge, [e for e in edges if e != edge])
     for edge, name in edges.items():
-        what = f"{name!r} (shape {edge_shape(edge)})"
         if edge in nested:
+            what = f"{name!r} (shape {edge_shape(edge)})"
             cut.dropped.append(f"{what}: another boundary nearer the loss is computed from it")
         elif not graph.consumers.get(edge):
+            what = f"{name!r} (shape {edge_shape(edge)})"
             cut.dropped.append(f"{what}: the loss does not use it directly")
         else:
             cut.boundaries.append(make_boundary(name, edge, graph))
+    if not cut.boundaries:
+        cut.seen = describe(graph)
     return cut
 
 

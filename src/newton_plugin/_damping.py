@@ -16,6 +16,7 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
 from newton_plugin._running import RunningMean
+from newton_plugin._solve import working_dtype
 
 __all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "damping_for", "resolve_damping"]
 
@@ -123,9 +124,10 @@ class AutoDamping:
         self._slow = RunningMean()
 
     def value(self, scale: Tensor) -> Tensor:
-        floor = self.floor * self._slow.update(scale, _SLOW_DECAY) if self.averaging.decay else 0 * scale
+        if self.averaging.decay and self.floor:
+            scale = torch.maximum(scale, self.floor * self._slow.update(scale, _SLOW_DECAY))
         # The tiny floor only keeps 0 / 0 out where every gradient so far was exactly zero.
-        return (self.ratio * torch.maximum(scale, floor)).clamp_min(torch.finfo(scale.dtype).tiny)
+        return (self.ratio * scale).clamp_min(torch.finfo(scale.dtype).tiny)
 
     def state_dict(self) -> dict[str, Any]:
         """The slow mean of the scale of C."""
@@ -143,7 +145,9 @@ class AutoDamping:
 
 def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor) -> Tensor:
     """``rule.value(scale())``; no scale is worked out for a rule that does not look at it."""
-    return rule.value(like.new_zeros(()) if type(rule) is Tikhonov else scale())
+    if type(rule) is Tikhonov:
+        return torch.full((), rule.damping, dtype=working_dtype(like.device), device=like.device)
+    return rule.value(scale())
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> float:

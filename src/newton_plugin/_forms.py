@@ -30,7 +30,7 @@ from newton_plugin._solve import (
     spectral_inverse,
 )
 
-__all__ = ["Dense", "Diagonal", "Form", "Isotropic", "to_blocks", "to_rows"]
+__all__ = ["Dense", "Diagonal", "Form", "Isotropic", "eigenvalues", "to_blocks", "to_rows"]
 
 
 class Form(Protocol):
@@ -86,7 +86,7 @@ class Diagonal:
         return self.values
 
     def scale(self) -> Tensor:
-        return torch.linalg.vector_norm(self.values) / self.values.shape[0] ** 0.5
+        return torch.linalg.vector_norm(self.values) / eigenvalues(self.values) ** 0.5
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
         factor = shifted_eigenvalues(self.values, damping).pow(-power)
@@ -109,7 +109,7 @@ class Dense:
     definite: bool = False
 
     def scale(self) -> Tensor:
-        return torch.linalg.vector_norm(self.matrix) / (self.matrix.numel() // self.matrix.shape[-1]) ** 0.5
+        return torch.linalg.vector_norm(self.matrix) / eigenvalues(self.matrix) ** 0.5
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
         if power != 1:
@@ -124,6 +124,11 @@ class Dense:
     def extremes(self) -> tuple[Tensor, Tensor]:
         values = torch.linalg.eigvalsh(finite_or_identity(self.matrix))
         return values.min(), values.max()
+
+
+def eigenvalues(c: Tensor) -> int:
+    """How many C has: one number, the diagonal (m,), the matrix (m, m) or its blocks (T, m, m)."""
+    return c.numel() // c.shape[-1] if c.ndim > 1 else max(1, c.numel())
 
 
 def to_blocks(rows: Tensor, blocks: int) -> Tensor:

@@ -124,6 +124,9 @@ def _parameter_only(node: Node, known: dict[Node, bool]) -> bool:
     """
     if node in known:
         return known[node]
+    if is_leaf(node) or _is_layer(node):  # nearly always
+        known[node] = is_leaf(node)
+        return known[node]
     stack = [(node, children(node))]
     while stack:
         current, rest = stack[-1]

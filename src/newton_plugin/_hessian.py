@@ -5,7 +5,7 @@ structure         small outputs                                large outputs
 ================  ===========================================  ==================================================
 "mean"            m products, dense C (m <= 256)               a sketch: 32 products; cross-entropy and other
                                                                diagonal-plus-rank-one losses: Woodbury, no product
-"per_sample"      m products, dense H_i (m <= 128)             Lanczos in lockstep, 5 to 17 products; diagonal plus
+"per_sample"      m products, dense H_i (m <= 128)             Lanczos in lockstep, 5 to 9 products; diagonal plus
                                                                rank one: Sherman and Morrison, no product
 "block"           m products, one dense C for each position    refused beyond 2 GiB
 "diagonal",       m products (m <= 256)                        8 products (Hutchinson)
@@ -33,9 +33,7 @@ from newton_plugin._curvature import (
     HVP,
     STRUCTURES,
     CurvatureStep,
-    EmpiricalFisher,
     Structure,
-    batch_fisher,
     check_groups,
     check_power,
     describe,
@@ -43,6 +41,7 @@ from newton_plugin._curvature import (
 )
 from newton_plugin._damping import Damping, damping_for
 from newton_plugin._errors import BatchCoupledError, NewtonPluginError, OutputsTooLargeError, check_choice
+from newton_plugin._fisher import EmpiricalFisher, batch_fisher
 from newton_plugin._forms import Dense, Diagonal, Form, Isotropic
 from newton_plugin._hessian_samples import PER_SAMPLE_FEATURES, per_sample_step, probe_samples
 from newton_plugin._hessian_sums import DirectForms, dense_sum, diagonal_sum, probe_sum, trace_sum
@@ -129,7 +128,7 @@ class Hessian:
         check_groups(n, groups)
         if not self._kept.due and self._kept.fits(m, groups):
             return self._from_kept(gradient, None)
-        forms, probed, reason, refusal = self._try(hvp, gradient, groups)
+        forms, probed, reason, refusal = self._try(hvp, gradient, damping, groups)
         if hvp is None and self._kept.form is not None:
             reason = "the C that is kept is of outputs of another shape"
         worst = ranks.worst(_REFUSED if refusal else _NONE if forms is None else _kind(forms))
@@ -153,14 +152,14 @@ class Hessian:
             y = self._mean.update(y, average.decay, average.growth)
             form, finite = sketch(probes_for(gradient), y), self._mean.finite
         else:
-            total = self._sum(forms, gradient, groups) if probed is None else probed
+            total = self._sum(forms, gradient, damping, groups) if probed is None else probed
             kind = {"isotropic": Isotropic, "diagonal": Diagonal}.get(self.structure, Dense)
             form, finite, zero = self._average(total, kind, gradient, damping, ranks, groups)
         self._kept.put(form, damping_for(damping, form.scale, gradient), finite, m, groups)
         return self._from_kept(gradient, zero)
 
     def _try(
-        self, hvp: HVP | None, gradient: Tensor, groups: int
+        self, hvp: HVP | None, gradient: Tensor, damping: Damping, groups: int
     ) -> tuple[DirectForms | None, Tensor | None, str, NewtonPluginError | None]:
         """This rank's Hessians, and what their products are needed for; or why there are none; or what refuses them."""
         if hvp is None:
@@ -170,17 +169,17 @@ class Hessian:
             if not self._independent:
                 self._independent = getattr(hvp, "independent", False) or samples_are_independent(hvp, gradient)
             forms = DirectForms.of(hvp, gradient)
-            return forms, None if forms.known else self._sum(forms, gradient, groups), "", None
+            return forms, None if forms.known else self._sum(forms, gradient, damping, groups), "", None
         except HessianUnavailable as error:
             return None, None, str(error), None
         except (BatchCoupledError, OutputsTooLargeError) as error:
             return None, None, "", error
 
-    def _sum(self, forms: DirectForms, gradient: Tensor, groups: int) -> Tensor:
+    def _sum(self, forms: DirectForms, gradient: Tensor, damping: Damping, groups: int) -> Tensor:
         """What is added over samples and ranks."""
         m = gradient.shape[1]
         if self.structure == "per_sample":
-            return probe_samples(forms, gradient)
+            return probe_samples(forms, gradient, damping)
         if self.structure == "isotropic":
             return trace_sum(forms, gradient) / m
         if self.structure == "diagonal":
@@ -231,8 +230,9 @@ class Hessian:
         return result
 
     def _from_kept(self, gradient: Tensor, zero: Tensor | None) -> CurvatureStep:
-        step, form, d = self._kept.solve(gradient)
-        return CurvatureStep(step, d, form.matrix, form.extremes, zero_hessian=zero, finite=self._kept.finite)
+        inverse, form, d = self._kept.use(gradient.device)
+        finite = self._kept.finite
+        return CurvatureStep(inverse(gradient), d, form.matrix, form.extremes, zero_hessian=zero, finite=finite)
 
     def _fall_back(self, gradient: Tensor, damping: Damping, reason: str, ranks: Ranks, groups: int) -> CurvatureStep:
         result = self._fisher.step(gradient, None, damping, ranks, groups)
@@ -280,7 +280,7 @@ def refuse_if_too_large(hvp: HVP, gradient: Tensor, structure: Structure, groups
         refuse_beyond(groups * m * m, asked, "a dense C", instead.format("structure='mean' or 'diagonal', "))
     elif structure == "per_sample" and m > PER_SAMPLE_FEATURES and getattr(hvp, "diagonal_rank_one", None) is None:
         what = f"Krylov spaces of {krylov.most} products"
-        refuse_beyond((krylov.most + 6) * n * m, asked, what, instead.format("npl.Hessian(..., products=8), "))
+        refuse_beyond((krylov.most + 6) * n * m, asked, what, instead.format("npl.Hessian(..., products=4), "))
     elif structure == "per_sample" and m <= PER_SAMPLE_FEATURES:
         refuse_beyond(n * m * m, asked, "a dense C", instead.format(""))
 

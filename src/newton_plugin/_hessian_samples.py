@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._curvature import CurvatureStep
-from newton_plugin._damping import Damping
+from newton_plugin._damping import Damping, Tikhonov, damping_for
 from newton_plugin._forms import Dense
 from newton_plugin._hessian_sums import DirectForms, sample_hessians
 from newton_plugin._krylov import KrylovOptions, lockstep_power
@@ -19,15 +19,21 @@ from newton_plugin._solve import eigenvalue_scale, finite_or_identity, repaired_
 
 __all__ = ["PER_SAMPLE_FEATURES", "per_sample_step", "probe_samples"]
 
-PER_SAMPLE_FEATURES = 128  # up to here every H_i is formed by m products; above, Krylov spaces take 5 to 17
+PER_SAMPLE_FEATURES = 128  # up to here every H_i is formed by m products; above, Krylov spaces take 5 to 9
 _SMALL_FEATURES = 16  # up to here a known diagonal plus rank one is formed all the same: C is there to be looked at
 
 
-def probe_samples(forms: DirectForms, gradient: Tensor) -> Tensor:
-    """All H_i (N, m, m) where they are few and small or known; else ``H_i z_i`` (N, m) for random signs z."""
+def probe_samples(forms: DirectForms, gradient: Tensor, damping: Damping) -> Tensor:
+    """All H_i (N, m, m) where they are few and small or known; else one product for each sample, (N, m).
+
+    That is ``H_i g_i``, the first of those that the step takes; or, where the damping asks for the scale of H,
+    ``H_i z_i`` for random signs z.
+    """
     n, m = gradient.shape
     if forms.blocks is not None or m <= PER_SAMPLE_FEATURES:
         return sample_hessians(forms, gradient)
+    if type(damping) is Tikhonov:
+        return forms.products(gradient.unsqueeze(0))[0]
     return forms.products(random_signs((1, n, m), gradient))[0]
 
 
@@ -69,9 +75,12 @@ def per_sample_step(
     finite = torch.isfinite(scales).all()
     zero = ranks.all((scales == 0).all())
     squared = torch.linalg.vecdot(gradient, gradient)
+    first = probed if type(damping) is Tikhonov and probed is not None and probed.ndim == 2 else None
+    if first is not None:
+        zero = zero & ~ranks.all((squared == 0).all())  # of no gradient, H says nothing
     scales = torch.where(zero, squared / m**0.5, scales)
     average = damping.averaging
-    d = damping.value(mean.update(ranks.mean(scales.sum(), n), average.decay, average.growth))
+    d = damping_for(damping, lambda: mean.update(ranks.mean(scales.sum(), n), average.decay, average.growth), gradient)
     if form is None and probed is not None and probed.ndim == 3:
         return _formed(probed, gradient, d, power, zero, finite)
     # Where all Hessians are zero: Fisher, (g g' + d I)^-p g.
@@ -79,7 +88,7 @@ def per_sample_step(
     if form is not None:
         solved, extremes = solve_samples(form, d, gradient, power), lambda: _extremes(form, gradient, d)
     else:
-        taken = lockstep_power(lambda v: forms.products(v.unsqueeze(0))[0], gradient, d, power, krylov)
+        taken = lockstep_power(lambda v: forms.products(v.unsqueeze(0))[0], gradient, d, power, krylov, first)
         solved, extremes = taken.step, lambda: taken.extremes
     return CurvatureStep(torch.where(zero, fisher, solved), d, None, extremes, zero_hessian=zero, finite=finite)
 

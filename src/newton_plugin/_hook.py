@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from newton_plugin._boundary import BoundaryFinder, Cut
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
+from newton_plugin._diagnostics import diagnostics
 from newton_plugin._eager import eager
 from newton_plugin._errors import (
     ArgumentError,
@@ -27,8 +28,8 @@ from newton_plugin._graph_cut import GraphCut
 from newton_plugin._live import precondition
 from newton_plugin._ranks import current_ranks
 from newton_plugin._recorded import LossCall, ModuleOutput
-from newton_plugin._rows import RowLayout
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, diagnostics
+from newton_plugin._rows import layout_of
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
 
 __all__ = ["LossHook"]
 
@@ -258,7 +259,7 @@ class LossHook:
         """One rule for each boundary: a layer that is called twice in one loss has two."""
         keys: list[str] = []
         for boundary in boundaries:
-            width = RowLayout(boundary.shape, self._settings.features).features
+            width = layout_of(boundary.shape, self._settings.features).features
             key = f"{loss}/{boundary.name}:{width}" if loss else f"{boundary.name}:{width}"
             times = sum(k.partition("#")[0] == key for k in keys)
             keys.append(f"{key}#{times + 1}" if times else key)

@@ -78,13 +78,13 @@ class Kept:
         self.form, self.damping, self.finite = form, damping, finite
         self._shape, self._age, self._inverse = (features, groups), 0, None
 
-    def solve(self, gradient: Tensor) -> tuple[Tensor, Form, Tensor]:
-        """Count one step, and take it with the C that is kept: the step, C and the damping."""
-        form, damping = self._current(gradient.device)
+    def use(self, device: torch.device) -> tuple[Inverse, Form, Tensor]:
+        """Count one step; the inverse of the C that is kept, C, and the damping."""
+        form, damping = self._current(device)
         if self._inverse is None:
             self._inverse = form.inverse(damping, self.power)
         self._age += 1
-        return self._inverse(gradient), form, damping
+        return self._inverse, form, damping
 
     def _current(self, device: torch.device) -> tuple[Form, Tensor]:
         """C and the damping, which follow the gradients to their device: a checkpoint may come from another one."""

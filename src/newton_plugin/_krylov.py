@@ -20,6 +20,19 @@ Where more than 16 rounds are allowed it is, from the ninth on, orthogonalised a
 (eigenvalues from 1e-6 to 100) stays at an error of 10 % after as many products as it has features, with it the step is
 exact there. At 16 rounds and less it would double the time for nothing that was seen.
 
+Eight rounds are what a training step is given unless it asks for more. Relative error against the dense repaired step
+and cosine with it, measured at m = 200 (40 samples):
+
+=========================================  ============  ============  ============  ============
+loss, damping                              4 products    8             16            24
+=========================================  ============  ============  ============  ============
+convex, neighbours coupled, 0.1            .16, .988     .02, 1.00     .000, 1.00    .000, 1.00
+7 % of the eigenvalues negative, 1         .10, .995     .10, .995     .10, .995     .10, .995
+the same, 0.1                              .39, .93      .28, .96      .22, .98      .20, .98
+half of the eigenvalues negative, 0.1      .39, .93      .28, .96      .14, .99      .08, 1.00
+the same, 0.01                             .81, .60      1.0, .60      .77, .77      .57, .84
+=========================================  ============  ============  ============  ============
+
 Where H is definite, the residual says how far the step is from the exact one. Where it is not, ``1 / (|l| + d)`` has a
 kink at 0, and many products may be needed to see on which side of it eigenvalues lie: the step is then one of the safe
 steps in between, not the dense one. There is no preconditioner: it would change what the repair means.
@@ -39,7 +52,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positi
 __all__ = ["KrylovOptions", "KrylovStep", "check_krylov", "lockstep_power"]
 
 # Rounds after which the residuals are looked at. Each look waits for the device, and costs N small eigenproblems.
-_LOOKS = frozenset((4, 8, 12, 16, 24)) | frozenset(range(32, 4096, 32))
+_LOOKS = frozenset((4, 6, 8, 12, 16, 24)) | frozenset(range(32, 4096, 32))
 _FEW, _ORTHOGONAL = 16, 8  # beyond so many rounds in all, the recurrence alone is trusted for so many
 
 
@@ -52,8 +65,8 @@ class KrylovOptions:
         most: rounds at most.
     """
 
-    tolerance: float = 1e-2
-    most: int = 16
+    tolerance: float = 0.03
+    most: int = 8
 
 
 def check_krylov(tolerance: Any, products: Any) -> KrylovOptions:
@@ -82,7 +95,12 @@ class KrylovStep:
 
 
 def lockstep_power(
-    product: Callable[[Tensor], Tensor], gradient: Tensor, damping: Tensor, power: float, options: KrylovOptions
+    product: Callable[[Tensor], Tensor],
+    gradient: Tensor,
+    damping: Tensor,
+    power: float,
+    options: KrylovOptions,
+    first: Tensor | None = None,
 ) -> KrylovStep:
     """The step of every sample.
 
@@ -92,6 +110,7 @@ def lockstep_power(
         damping: positive; no dimensions.
         power: 1 or 0.5.
         options: when to stop.
+        first: ``H_i g_i``, if it is at hand: one product less.
     """
     most = min(options.most, gradient.shape[1])
     size = torch.linalg.vector_norm(gradient, dim=-1)
@@ -102,7 +121,7 @@ def lockstep_power(
     weights, values = size.unsqueeze(-1), size.unsqueeze(-1)
     for k in range(1, most + 1):
         vector = basis[-1]
-        new = product(vector)
+        new = product(vector) if k > 1 or first is None else _unit(first, size)
         alpha = _inner(new, vector)
         new = torch.addcmul(new, alpha.neg().unsqueeze(-1), vector)
         if k > 1:

@@ -26,7 +26,7 @@ from newton_plugin._derivatives import Scaling, hessian_products, loss_gradients
 from newton_plugin._errors import ShapeError
 from newton_plugin._graph import Boundary, mark_preconditioned
 from newton_plugin._ranks import current_ranks
-from newton_plugin._rows import RowLayout
+from newton_plugin._rows import RowLayout, layout_of
 from newton_plugin._rule import RuleSettings, StepRule
 from newton_plugin._solve import working_dtype
 from newton_plugin._surrogate import Sender, splice
@@ -60,7 +60,7 @@ def take_steps(
         rules: one for each boundary.
         settings: reduction and feature dimensions.
     """
-    layouts = [RowLayout(b.shape, settings.features) for b in boundaries]
+    layouts = [layout_of(b.shape, settings.features) for b in boundaries]
     sources = _sources(loss, boundaries, layouts, rules)
     return _take_steps(loss, boundaries, layouts, sources, rules, settings)
 
@@ -70,7 +70,7 @@ def precondition(
 ) -> None:
     """Make every backward pass through ``loss`` send the Newton step at each boundary; see :func:`take_steps`."""
     assert loss.grad_fn is not None
-    layouts = [RowLayout(b.shape, settings.features) for b in boundaries]
+    layouts = [layout_of(b.shape, settings.features) for b in boundaries]
     sources = _sources(loss, boundaries, layouts, rules)
     if "products" not in sources and _can_wait(loss, boundaries, layouts, settings):
         senders: list[Sender] = []
@@ -151,7 +151,11 @@ def _take_steps(
             elif source is not None and upstream is not None:
                 hessians = source.hessians(upstream.detach().to(working_dtype(upstream.device)))
             # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-            step = rule(rows, hessians, ranks, layout.groups).step if layout.rows or ranks.many else rows
+            step = rows
+            if layout.rows or ranks.many:
+                result = rule(rows, hessians, ranks, layout.groups)
+                assert result.fine is not None
+                step = torch.where(result.fine, result.step, rows)
             steps.append(BoundaryStep(layout, rows, step))
     return steps, scaling
 
@@ -166,7 +170,8 @@ class _InBackward:
         self._mean = mean
         self._hessians = None if form is None else form.hessians
         self._upstream: Tensor | None = None
-        self._step: Tensor | None = None
+        self._sent: Tensor | None = None
+        self._scale: Tensor | None = None
 
     def hear(self, _: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
         """A post-hook for the operation whose Hessian is known: what arrives at it."""
@@ -180,20 +185,33 @@ class _InBackward:
         if self._hessians is not None:
             upstream = gradient.new_zeros(()) if self._upstream is None else self._upstream
             hessians = self._hessians(upstream.to(dtype) / weight)
+        arrived = self._layout.to_rows(gradient)
         # A loss that somebody has multiplied by zero gives 0 / 0: not finite, so nothing is learned from this batch.
-        rows = self._layout.to_rows(gradient).to(dtype) / weight
-        self._step = self._rule(rows, hessians, groups=self._layout.groups).step
+        if self._rule.streams(arrived):
+            result = self._rule(arrived, hessians, groups=self._layout.groups, weight=weight)
+            step = result.step
+        else:
+            result = self._rule(arrived.to(dtype) / weight, hessians, groups=self._layout.groups)
+            step = (result.step * weight).to(arrived.dtype)
+        assert result.fine is not None
+        # What is not fine, or of a loss times zero, goes on as it arrived.
+        self._sent = torch.where(result.fine, step, arrived, out=step if step is result.step else None)
+        self._scale = scale
         self.waits, self._upstream, self._hessians = False, None, None
 
     def send(self, scale: Tensor) -> Tensor:
-        assert self._step is not None
-        weight = _weight(scale.to(self._step.dtype), self._layout, self._mean)
-        return self._layout.from_rows(torch.where(weight == 0, 0.0, self._step * weight))
+        sent = self._sent
+        assert sent is not None
+        assert self._scale is not None
+        if scale is not self._scale:  # a further pass through a graph that was retained
+            sent = sent * (scale.to(working_dtype(sent.device)) / self._scale)
+        return self._layout.from_rows(sent)
 
 
 def _weight(scale: Tensor, layout: RowLayout, mean: bool) -> Tensor:
     """What the gradient that arrives at a loss of one number is, of each sample's own."""
-    scale = scale.reshape(())
+    if scale.ndim:
+        scale = scale.reshape(())
     return scale / layout.rows if mean else scale
 
 

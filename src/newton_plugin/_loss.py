@@ -15,11 +15,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from newton_plugin._curvature import Curvature, Structure
 from newton_plugin._damping import Damping
+from newton_plugin._diagnostics import diagnostics
 from newton_plugin._eager import eager
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._graph import explore, is_preconditioned, make_boundary
 from newton_plugin._live import precondition
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, diagnostics
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
 
 __all__ = ["NewtonLoss", "newton_loss"]
 

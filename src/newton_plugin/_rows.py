@@ -7,6 +7,7 @@ dimensions instead: ``feature_dims=1`` makes (N, C, H, W) into N*H*W rows of C f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError
 
-__all__ = ["RowLayout", "check_feature_dims"]
+__all__ = ["RowLayout", "check_feature_dims", "layout_of"]
 
 
 def check_feature_dims(feature_dims: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -91,9 +92,16 @@ class RowLayout:
         """m, the number of features of a sample."""
         return math.prod(self.shape[d] for d in self.feature_axes)
 
+    @cached_property
+    def _is_rows(self) -> bool:
+        """Whether the outputs are rows as they come."""
+        return self.feature_axes == (1,) and len(self.shape) == 2
+
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """(..., *shape) -> (..., N, m), any number of leading dimensions."""
         lead = tensor.ndim - len(self.shape)
+        if not lead and self._is_rows:
+            return tensor
         if self.feature_dims is not None:
             order = [*range(lead), *(lead + d for d in self.sample_axes), *(lead + d for d in self.feature_axes)]
             tensor = tensor.permute(order)
@@ -102,9 +110,17 @@ class RowLayout:
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """(..., N, m) -> (..., *shape), the inverse of :meth:`to_rows`."""
         lead = rows.ndim - 2
+        if not lead and self._is_rows:
+            return rows
         if self.feature_dims is None:
             return rows.reshape(*rows.shape[:lead], *self.shape)
         order = [*self.sample_axes, *self.feature_axes]
         tensor = rows.reshape(*rows.shape[:lead], *(self.shape[d] for d in order))
         back = [order.index(d) for d in range(len(order))]
         return tensor.permute([*range(lead), *(lead + d for d in back)])
+
+
+@functools.lru_cache(maxsize=256)
+def layout_of(shape: tuple[int, ...], feature_dims: tuple[int, ...] | None) -> RowLayout:
+    """The layout, made once: it is asked for at every step, and nothing but its arguments is in it."""
+    return RowLayout(shape, feature_dims)

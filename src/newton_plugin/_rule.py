@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature import (
-    HVP,
-    STRUCTURES,
-    Curvature,
-    CurvatureStep,
-    EmpiricalFisher,
-    SoftNormalization,
-    Structure,
-    check_power,
-)
+from newton_plugin._curvature import HVP, STRUCTURES, Curvature, CurvatureStep, Structure, check_power
 from newton_plugin._damping import Damping, resolve_damping
 from newton_plugin._errors import (
     ArgumentError,
@@ -30,12 +22,14 @@ from newton_plugin._errors import (
     SingularCurvatureError,
     check_choice,
 )
+from newton_plugin._fisher import EmpiricalFisher, SoftNormalization
 from newton_plugin._hessian import AutoCurvature, Hessian
+from newton_plugin._parts import row_products
 from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._rows import check_feature_dims
 from newton_plugin._solve import working_dtype
 
-__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule", "diagnostics"]
+__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule"]
 
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
 Reduction = Literal["mean", "sum"]
@@ -101,7 +95,7 @@ class RuleSettings:
     @property
     def features(self) -> tuple[int, ...] | None:
         """The feature dimensions as a tuple."""
-        return check_feature_dims(self.feature_dims)
+        return self.feature_dims  # type: ignore[return-value]  # made one when they were checked
 
     def describe(self) -> str:
         """The arguments that differ from their defaults, for ``repr``."""
@@ -115,7 +109,9 @@ class StepRule:
     """From the gradients of one boundary to their step, whatever happens.
 
     A gradient that is not finite stays as it is, so that a GradScaler still sees it and skips the step; so
-    does one whose C could not be inverted. Both are counted on the device, without waiting for it.
+    does one whose C could not be inverted. Both are counted on the device, without waiting for it. What is judged is
+    ``fine`` of the :class:`CurvatureStep`; whoever sends the step into the network puts the gradient in its place
+    where it is not.
     """
 
     curvature: Curvature
@@ -123,6 +119,7 @@ class StepRule:
     on_nonfinite: OnNonfinite = "keep"
     last: CurvatureStep | None = None
     last_gradient: Tensor | None = None
+    last_weight: Tensor | None = None
     batched_probes: bool = True
     twice_differentiable: bool = False  # not known yet
     takes_ranks: bool = False  # not known yet
@@ -133,7 +130,7 @@ class StepRule:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the running state and not the last batch."""
-        return {**self.__dict__, "last": None, "last_gradient": None}
+        return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None}
 
     def wants_hessian(self, features: int) -> bool:
         """Whether the next step takes Hessian-vector products of outputs with so many features."""
@@ -147,29 +144,64 @@ class StepRule:
         """
         return self.curvature.needs_hessian and (wanted or getattr(self.curvature, "refresh_every", 1) == 1)
 
-    @torch.no_grad()
     def __call__(
-        self, gradient: Tensor, hvp: HVP | None = None, ranks: Ranks = ONE_PROCESS, groups: int = 1
+        self,
+        gradient: Tensor,
+        hvp: HVP | None = None,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        weight: Tensor | None = None,
     ) -> CurvatureStep:
-        """Rows (N, m) of any floating dtype in; the step in the working dtype out. ``groups``: rows of one sample."""
-        gradient = gradient.to(working_dtype(gradient.device))
+        """What the curvature makes of the rows, judged.
+
+        Args:
+            gradient: (N, m), of any floating dtype. The step is in the working dtype, or in that of the rows where
+                the curvature :meth:`streams` them.
+            hvp: see :meth:`Curvature.step`.
+            ranks: the processes that share the batch.
+            groups: rows of one sample.
+            weight: of rows that are streamed; see :meth:`Curvature.step`.
+        """
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(gradient.device.type)):
+            # A backward pass. To enter contexts costs as much as an operation.
+            return self._judged(gradient, hvp, ranks, groups, weight)
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            return self._judged(gradient, hvp, ranks, groups, weight)
+
+    def _judged(
+        self, gradient: Tensor, hvp: HVP | None, ranks: Ranks, groups: int, weight: Tensor | None
+    ) -> CurvatureStep:
         if ranks.many and not self.takes_ranks:
             self._check_takes_ranks()
         more: dict[str, Any] = {"ranks": ranks} if ranks.many else {}
+        if not self.streams(gradient):
+            gradient = gradient.to(working_dtype(gradient.device))
+        elif weight is not None:
+            more["weight"] = weight
         if getattr(self.curvature, "structure", None) == "block":
             more["groups"] = groups
-        with torch.autocast(gradient.device.type, enabled=False):
-            result = self.curvature.step(gradient, hvp, self.damping, **more)
-        fine = torch.isfinite(gradient).all() & torch.isfinite(result.step).all()
+        result = self.curvature.step(gradient, hvp, self.damping, **more)
+        inner = getattr(result, "inner", None)  # what users' curvatures give back may be older than this
+        inner = row_products(gradient, result.step) if inner is None else inner
+        # The norm of these is finite only if all gradients and steps are.
+        fine = torch.linalg.vector_norm(inner) < math.inf
         fine = fine if result.finite is None else fine & result.finite
         if not result.agreed:
             fine = ranks.all(fine)
         if self.on_nonfinite == "raise" and not bool(fine):
             self._raise(gradient, result)
-        result.step = torch.where(fine, result.step, gradient)
+        result.fine = fine
         self._count(fine, result)
-        self.last, self.last_gradient = result, gradient
+        self.last, self.last_weight = result, weight
+        self.last_gradient = gradient if getattr(result, "sizes", None) is None else None
         return result
+
+    def streams(self, gradient: Tensor) -> bool:
+        """Whether the curvature takes these rows in their own dtype."""
+        if gradient.dtype not in (torch.float32, torch.float64):
+            return False
+        streams = getattr(self.curvature, "streams", None)
+        return streams is not None and streams(gradient)
 
     def _check_takes_ranks(self) -> None:
         if "ranks" not in inspect.signature(self.curvature.step).parameters:
@@ -201,8 +233,8 @@ class StepRule:
         )
 
     def _count(self, fine: Tensor, result: CurvatureStep) -> None:
-        kept = (~fine).to(torch.int64)
-        self._kept = kept if self._kept is None else self._kept.to(kept.device) + kept
+        kept = ~fine
+        self._kept = kept.to(torch.int64) if self._kept is None else self._kept.to(kept.device) + kept
         if result.fallback:
             self._structural_fallbacks += 1
             self._report(result.fallback)
@@ -249,30 +281,3 @@ class StepRule:
             self.damping.load_state_dict(state["damping"])  # type: ignore[attr-defined]
         self._structural_fallbacks = state["structural_fallbacks"]
         self._kept, self._zero = state["kept"], state["zero"]
-
-
-def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: int = 0) -> dict[str, float]:
-    """Numbers about the last step, for people; see :meth:`newton_plugin.LossHook.diagnostics`.
-
-    Args:
-        used: the rules of the last step.
-        rules: all there are.
-        skipped: batches without a boundary.
-    """
-    last = [(r.last, r.last_gradient) for r in used if r.last is not None and r.last_gradient is not None]
-    if not last:
-        return {}
-    lows, highs = zip(*(step.extremes() for step, _ in last), strict=True)
-    return {
-        "gradient_norm": _norm(gradient for _, gradient in last),
-        "step_norm": _norm(step.step for step, _ in last),
-        "eig_min": min(float(v) for v in lows),
-        "eig_max": max(float(v) for v in highs),
-        "damping": max(float(step.damping) for step, _ in last),
-        "fallbacks": float(skipped + sum(r.fallbacks for r in rules)),
-    }
-
-
-def _norm(rows: Iterable[Tensor]) -> float:
-    """Root mean square, over the samples, of the norm of all boundaries' rows together."""
-    return sum(float(r.square().sum() / max(1, r.shape[0])) for r in rows) ** 0.5

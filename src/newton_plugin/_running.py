@@ -18,38 +18,75 @@ class RunningMean:
     ``decay = 0`` it is the last value and nothing is stored. A value that is not finite leaves the mean
     as it was; one whose norm exceeds ``growth`` times the mean's is scaled down to that (a winsorised mean), so
     that a single exploded batch does not silence the next hundred. No host synchronisation decides either.
+
+    Every line below is an operation or two on the device, at every step: the norm says whether a value is finite as
+    well as whether it is large, and what is kept is the mean with the number of values it counts as,
+    ``count_t = 1 + decay count_(t-1)``, so that the next value's share is 1 / count.
+
+    Attributes:
+        finite: whether the last value was; a tensor without dimensions.
     """
 
     def __init__(self) -> None:
-        self.finite: Tensor | None = None  # whether the last value was
-        self._total: Tensor | None = None
-        self._weight: Tensor | None = None
+        self.finite: Tensor | None = None
+        self._mean: Tensor | None = None
+        self._count: Tensor | None = None
+        self._norm: Tensor | None = None  # of the mean, once somebody has asked
+        self._weight: Tensor | None = None  # (1 - decay) count, in a state from before the count was kept
 
     def update(self, value: Tensor, decay: float, growth: float = math.inf) -> Tensor:
-        """Take ``value`` in and return the mean; zeros if nothing finite has come yet."""
-        self.finite = finite = torch.isfinite(value).all()
-        value = torch.where(finite, value, 0.0)
+        """Take ``value`` in and return the mean; zeros if nothing finite has come yet.
+
+        With ``decay = 0`` what is not finite in ``value`` is returned as zero: decompositions raise on it.
+        """
+        size = torch.linalg.vector_norm(value)
+        self.finite = finite = size < math.inf
         if decay == 0:
-            return value
-        if self._total is None or self._weight is None or self._total.shape != value.shape:
-            total, weight = torch.zeros_like(value), torch.zeros_like(finite, dtype=value.dtype)
-        else:
-            total, weight = self._total.to(value), self._weight.to(value)
-        known = total / weight.clamp_min(torch.finfo(value.dtype).tiny)
+            return value.nan_to_num(0.0, 0.0, 0.0)
+        mean, count = self._before(value, decay)
+        if mean is None or count is None:
+            self._mean, self._norm = first, _ = torch.where(finite, value, 0.0), None
+            self._count = finite.to(value.dtype)
+            return first
         if growth < math.inf:
-            most, size = growth * torch.linalg.vector_norm(known), torch.linalg.vector_norm(value)
-            value = torch.where((most > 0) & (size > most), value * (most / size), value)
-        self._total = torch.where(finite, decay * total + (1 - decay) * value, total)
-        self._weight = torch.where(finite, decay * weight + (1 - decay), weight)
-        return self._total / self._weight.clamp_min(torch.finfo(value.dtype).tiny)
+            # No bound where the mean is zero: x / 0 and 0 / 0 are 1.
+            value = value / (size / (growth * self.norm())).nan_to_num(1.0, 1.0).clamp_min(1.0)
+        self._count = torch.where(finite, torch.rsub(count, 1.0, alpha=-decay), count)
+        # Before anything finite has come the count is 0 and the value is dropped: any share will do.
+        mean = torch.where(finite, torch.lerp(mean, value, self._count.reciprocal()), mean)
+        self._mean, self._norm = mean, None
+        return mean
+
+    def norm(self) -> Tensor:
+        """Of the mean that :meth:`update` has returned; for ``decay > 0``."""
+        norm = self._norm
+        if norm is None:
+            assert self._mean is not None
+            norm = self._norm = torch.linalg.vector_norm(self._mean)
+        return norm
+
+    def _before(self, value: Tensor, decay: float) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and count as they were, in dtype and device of ``value``; None if they are of another shape."""
+        if self._mean is None or self._mean.shape != value.shape:
+            return None, None
+        if self._count is None and self._weight is not None:
+            self._count, self._weight = self._weight / (1 - decay), None
+        if self._mean.device != value.device or self._mean.dtype != value.dtype:
+            self._mean, self._norm = self._mean.to(value), None
+            self._count = None if self._count is None else self._count.to(value)
+        return self._mean, self._count
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, empty before the first value."""
-        if self._total is None or self._weight is None:
+        if self._mean is None:
             return {}
-        return {"total": self._total, "weight": self._weight}
+        if self._weight is not None:  # nothing has come since it was loaded
+            return {"total": self._mean * self._weight, "weight": self._weight}
+        return {"mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        self._total = state.get("total")
-        self._weight = state.get("weight")
+        """Take over what :meth:`state_dict` gave, in this version or before the count was kept."""
+        self._mean, self._count, self._weight, self._norm = state.get("mean"), state.get("count"), None, None
+        if "total" in state:
+            self._weight = state["weight"]
+            self._mean = state["total"] / state["weight"].clamp_min(torch.finfo(state["total"].dtype).tiny)

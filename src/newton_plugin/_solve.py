@@ -9,7 +9,7 @@ Four ways to the same vector:
   d > 0 (saddle-free Newton): :func:`repaired_inverse`.
 * **Spectral**, for the fractional power p = 1/2: :func:`spectral_inverse`.
 * **Push-through**, for Fisher matrices of fewer samples than features, never forming the m x m matrix:
-  ``(G'G/N + d I)^-1 G' = G' (GG'/N + d I)^-1`` costs N x N: :func:`solve_push_through`.
+  ``(G'G/N + d I)^-1 G' = G' (GG'/N + d I)^-1`` costs N x N: :func:`push_through`.
 
 The first three factorise once and give back a function of g, so that a C which is kept for several steps is factorised
 once. Shapes: C is (..., m, m) and d (...) or without dimensions; g is (..., N, m), rows for each matrix, or (..., m),
@@ -29,10 +29,10 @@ __all__ = [
     "eigenvalue_scale",
     "finite_or_identity",
     "identity_rows",
+    "push_through",
     "repaired_inverse",
     "shifted_eigenvalues",
     "solve_indefinite",
-    "solve_push_through",
     "spectral_inverse",
     "working_dtype",
 ]
@@ -94,8 +94,8 @@ def definite_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
     "gradient kept, counted" or an error; see :class:`newton_plugin._rule.StepRule`.
     """
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix, damping))
-    failed = (info > 0)[..., None, None]
-    return _by_factor(torch.where(failed, torch.nan, factor))
+    failed = info > 0
+    return _by_factor(factor.masked_fill(failed[..., None, None] if failed.ndim else failed, torch.nan))
 
 
 def repaired_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
@@ -133,21 +133,21 @@ def spectral_inverse(matrix: Tensor, damping: Tensor, power: float) -> Inverse:
     return _by_rows(lambda g: ((g @ vectors) * scaled) @ vectors.mT, matrix.ndim)
 
 
-def solve_push_through(rows: Tensor, gram: Tensor, damping: Tensor, power: float) -> Tensor:
-    """``(w G'G + d I)^-power`` applied to the rows of G themselves, in N x N.
+def push_through(gram: Tensor, damping: Tensor, power: float) -> Tensor:
+    """A (N, N) with ``A G = G (w G'G + d I)^-power``, the inverse of an m x m matrix applied to the rows of G in N x N.
 
     ``G'G`` and ``GG' = U diag(s) U'`` share their non-zero eigenvalues, so
     ``G (w G'G + d I)^-p = U diag((w s + d)^-p) U' G``.
 
     Args:
-        rows: G, (N, m) with N < m.
         gram: ``w GG'``, (N, N), w = 1/N for the batch mean.
         damping: d > 0, no dimensions.
         power: 1 or 0.5.
     """
     if power == 1:
         factor, info = torch.linalg.cholesky_ex(_shifted(gram, damping))
-        return torch.where(info > 0, torch.nan, torch.cholesky_solve(rows, factor))
+        # An inverse, and not a solve for each of many columns: a product is twice as fast, and no less accurate where
+        # the inverse is from a Cholesky factor (its residual is at most the condition number times rounding).
+        return torch.cholesky_inverse(factor).masked_fill(info > 0, torch.nan)
     values, vectors = torch.linalg.eigh(gram)
-    scaled = (values.clamp_min(0) + damping).pow(-power)
-    return vectors @ (scaled.unsqueeze(-1) * (vectors.mT @ rows))
+    return (vectors * (values.clamp_min(0) + damping).pow(-power)) @ vectors.mT

@@ -10,7 +10,8 @@ from tests.twins import relative_error
 from torch import Tensor, nn
 
 import newton_plugin as npl
-from newton_plugin._curvature import EmpiricalFisher
+from newton_plugin._fisher import EmpiricalFisher
+from newton_plugin._running import RunningMean
 
 G = torch.Generator().manual_seed(0)
 
@@ -137,3 +138,31 @@ def test_a_rule_of_ones_own() -> None:
 def test_repr_names_the_constants() -> None:
     assert repr(npl.AutoDamping()) == "AutoDamping(ratio=0.3, decay=0.9, growth=10, floor=0.001, own=1)"
     assert repr(npl.Tikhonov(0.1)) == "Tikhonov(0.1)"
+
+
+def test_a_state_from_before_counts_goes_on() -> None:
+    """Checkpoints used to hold the sums that the mean and its count are made of."""
+    values = batches(6)
+    decay, total, weight = 0.9, torch.zeros(8, 3, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    ours = RunningMean()
+    for k, value in enumerate(values):
+        total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
+        if k < 3:
+            ours.load_state_dict({"total": total, "weight": weight})
+            assert relative_error(ours.state_dict()["total"], total) <= 1e-15
+        else:
+            assert relative_error(ours.update(value, decay), total / weight) <= 1e-14
+
+
+def test_what_is_not_finite_leaves_the_mean_as_it_was() -> None:
+    for first in (torch.full((3,), torch.nan), torch.tensor([1.0, torch.inf, 0.0]), torch.tensor([1.0, 2.0, 3.0])):
+        mean = RunningMean()
+        before = mean.update(first.double(), 0.5, 10.0)
+        assert bool(mean.finite) == bool(first.isfinite().all())
+        assert torch.equal(before, first.double() if mean.finite else torch.zeros(3).double())
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            after = mean.update(torch.tensor([0.0, bad, 1.0], dtype=torch.float64), 0.5, 10.0)
+            assert not mean.finite
+            assert torch.equal(after, before)
+        if not first.isfinite().all():  # the first finite value counts in full, however large
+            assert torch.equal(mean.update(torch.full((3,), 1e9).double(), 0.5, 10.0), torch.full((3,), 1e9).double())

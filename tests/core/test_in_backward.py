@@ -127,7 +127,7 @@ def test_every_further_backward_pass_sends_the_same_step() -> None:
     assert relative_error(found[2], 3 * found[0]) <= 1e-14
     state = hook.state_dict()["rules"]
     (rule,) = state.values()
-    assert float(rule["curvature"]["weight"]) == pytest.approx(0.1), "one batch, counted once"
+    assert float(rule["curvature"]["count"]) == 1, "one batch, counted once"
 
 
 def test_a_pass_to_some_parameters_only() -> None:

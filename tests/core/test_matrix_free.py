@@ -115,6 +115,35 @@ def hard_loss(y: Tensor) -> Tensor:
     return ((3 * y).sin().sum(-1) + 0.5 * (y[:, 1:] * y[:, :-1]).square().sum(-1)).mean()
 
 
+@pytest.mark.parametrize(("damping", "extra"), [(npl.Tikhonov(0.1), 0), (npl.AutoDamping(), 1)])
+def test_an_unknown_hessian_of_many_outputs_takes_nine_products_at_most(damping: Any, extra: int) -> None:
+    """Eight, whatever the spectrum; fewer where all samples have converged; one more for a damping that asks for H's
+    scale."""
+    for lowest, most in ((-1.0, 8), (0.9, 4)):
+        h, counted = matrices(4, 200, 0, lowest), [0]
+
+        def product(vectors: Tensor, h: Tensor = h, counted: list[int] = counted) -> Tensor:
+            counted[0] += len(vectors)
+            return torch.einsum("nij,knj->kni", h, vectors)
+
+        curvature, g = npl.Hessian("per_sample"), torch.randn(4, 200, generator=generator(1), dtype=torch.float64)
+        curvature.step(g, product, damping)  # also asks, once, whether the samples are coupled
+        counted[0] = 0
+        taken = curvature.step(g, product, damping)
+        assert counted[0] <= most + extra
+        assert extra or counted[0] == most
+        theirs = lockstep_power(products_of(h), g, taken.damping, 1, KrylovOptions())
+        assert twins.relative_error(taken.step, theirs.step) <= 1e-12
+
+
+def test_gradients_of_zero_are_no_hessian_of_zero() -> None:
+    """With a fixed damping the first product is that with the gradient, which is zero at an optimum."""
+    h, g = matrices(4, 200, 0, 0.5), torch.zeros(4, 200, dtype=torch.float64)
+    taken = npl.Hessian("per_sample").step(g, products_of(h), npl.Tikhonov(0.1))
+    assert not bool(taken.zero_hessian)
+    assert bool((taken.step == 0).all())
+
+
 @pytest.mark.parametrize("power", [1, 0.5])
 def test_wide_per_sample_hessians_of_a_loss(power: float) -> None:
     y = torch.randn(3, 150, generator=generator(0), dtype=torch.float64)
@@ -286,7 +315,7 @@ def test_memory_of_a_sketch_does_not_grow_with_the_square_of_the_features() -> N
 def test_memory_is_refused_before_it_is_taken() -> None:
     g = torch.zeros(1, 1, dtype=torch.float64).expand(400, 40000)  # takes nothing itself
     with Alive() as alive, pytest.raises(npl.OutputsTooLargeError, match=r"Krylov spaces of 16 products of 2.6 GiB"):
-        npl.Hessian("per_sample").step(g, lambda v: v, npl.Tikhonov(0.1))
+        npl.Hessian("per_sample", products=16).step(g, lambda v: v, npl.Tikhonov(0.1))
     assert alive.peak == 0
 
 

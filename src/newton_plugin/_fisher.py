@@ -1,0 +1,253 @@
+"""The empirical Fisher of per-sample gradients, and soft normalisation, its matrix-free end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature import (
+    HVP,
+    STRUCTURES,
+    CurvatureStep,
+    Structure,
+    check_groups,
+    check_power,
+    describe,
+    form_is_dense,
+)
+from newton_plugin._damping import AutoDamping, Averaging, Damping, damping_for
+from newton_plugin._errors import check_choice, check_positive
+from newton_plugin._forms import Dense, Diagonal, Isotropic, eigenvalues, to_blocks
+from newton_plugin._kept import Kept, check_refresh_every
+from newton_plugin._memory import refuse_beyond
+from newton_plugin._parts import are_many, gram, row_lengths, scaled, summed, take, weighed
+from newton_plugin._ranks import ONE_PROCESS, Ranks
+from newton_plugin._running import RunningMean
+from newton_plugin._sketch import sketch_of_rows
+from newton_plugin._solve import push_through
+
+__all__ = ["EmpiricalFisher", "SoftNormalization", "batch_fisher"]
+
+
+def batch_fisher(gradient: Tensor, ranks: Ranks, groups: int, ndim: int) -> Tensor:
+    """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
+    n, m = gradient.shape
+    if ndim == 0:
+        return ranks.mean(row_lengths(gradient).sum() / m, n)
+    if ndim == 1:
+        return ranks.mean(summed(gradient, lambda g: g.square().sum(0)), n)
+    if ndim == 2:
+        return ranks.mean(summed(gradient, lambda g: g.mT @ g), n)
+
+    def by_groups(g: Tensor) -> Tensor:
+        rows = to_blocks(g, groups)
+        return rows.mT @ rows
+
+    return ranks.mean(summed(gradient, by_groups, groups), n // groups)
+
+
+def in_units(squares: Tensor, unit: Tensor | None) -> Tensor:
+    """Sums of squares of gradients, from those of rows ``w g`` and ``unit = w^2`` (None: 1)."""
+    return squares if unit is None else squares / unit
+
+
+class EmpiricalFisher:
+    """``C = 1/N sum_i g_i g_i'``: needs gradients only, is never indefinite.
+
+    Where the loss is a log-likelihood it estimates the Fisher information. It scales with the *square* of
+    the loss, so with power 1 a loss times c gives a step divided by c; an optimizer that normalises (Adam)
+    does not notice.
+
+    Args:
+        structure: "mean", "per_sample", "isotropic", "diagonal" or "block".
+        power: 1, or 0.5 for ``(C + d I)^-1/2 g``.
+        refresh_every: steps for which C and its factorisation are used; 1: C is new at every step.
+
+    With structure "mean" and N < m, C is not formed above 128 features: the step goes through an N x N system in
+    O(N m) memory, and is the same step. Where the damping averages C over batches ("auto"), C is formed up to 256
+    features; above that (and N < m) it is the batch's own C, rescaled to the running mean of its scale.
+
+    Raises:
+        OutputsTooLargeError: at a step whose dense blocks would take more than 2 GiB.
+    """
+
+    needs_hessian = False
+
+    def __init__(self, structure: Structure = "mean", power: float = 1, refresh_every: int = 1) -> None:
+        check_choice("structure", structure, STRUCTURES)
+        self.structure: Structure = structure
+        self.power = check_power(power)
+        self.refresh_every = check_refresh_every(refresh_every, structure)
+        self._mean = RunningMean()
+        self._kept = Kept(self.refresh_every, self.power)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def step(
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        damping: Damping,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        weight: Tensor | None = None,
+    ) -> CurvatureStep:
+        """See :meth:`Curvature.step`; ``hvp`` is not used."""
+        n, m = gradient.shape
+        # Steps are linear in the rows, so their weight is in the sums of squares alone.
+        unit = None if weight is None else weight.square()
+        if self.structure == "per_sample":
+            return self._per_sample(gradient, damping, ranks, unit)
+        if self.structure != "block":
+            groups = 1
+        check_groups(n, groups)
+        kept = self._kept
+        refreshed = kept.due or not kept.fits(m, groups)
+        if refreshed:
+            if groups == 1 and self.structure in ("mean", "block") and not form_is_dense(n, m, damping, ranks):
+                return self._push_through(gradient, damping, ranks, unit)
+            if groups > 1:
+                asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
+                refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
+            average = damping.averaging
+            ndim = {"isotropic": 0, "diagonal": 1}.get(self.structure, 2 if groups == 1 else 3)
+            c = in_units(batch_fisher(gradient, ranks, groups, ndim), unit)
+            c = self._mean.update(c, average.decay, average.growth)
+            form = (Isotropic, Diagonal)[ndim](c) if ndim < 2 else Dense(c, definite=True)
+            norm = self._mean.norm  # asked for again at the next step
+            scale = (lambda: norm() / eigenvalues(c) ** 0.5) if average.decay else form.scale
+            d = damping_for(damping, scale, gradient)
+            kept.put(form, d, self._mean.finite, m, groups)
+        return self._from_kept(gradient, damping, refreshed, unit, groups)
+
+    def _from_kept(
+        self, gradient: Tensor, damping: Damping, refreshed: bool, unit: Tensor | None, groups: int = 1
+    ) -> CurvatureStep:
+        inverse, form, d = self._kept.use(gradient.device)
+        step, inner = take(inverse, gradient, self._own(gradient, damping), unit, groups)
+        # Of a C that was kept, the ranks know nothing about the gradients of this batch.
+        finite = self._kept.finite
+        return CurvatureStep(step, d, form.matrix, form.extremes, finite=finite, agreed=refreshed, inner=inner)
+
+    def _own(self, gradient: Tensor, damping: Damping) -> float:
+        """Weight of a sample's own ``g g'`` beside C."""
+        return damping.averaging.own / gradient.shape[1] if self.power == 1 and gradient.shape[1] else 0.0
+
+    def streams(self, gradient: Tensor) -> bool:
+        """See :meth:`Curvature.step`. A subclass with a ``step`` of its own made it for gradients as they are."""
+        return are_many(gradient) and type(self).step.__module__ == __name__
+
+    def _per_sample(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+        # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
+        squared = in_units(row_lengths(gradient), unit)
+        d = damping.value(self._running_size(squared, gradient, damping, ranks)[0])
+        factors = (squared + d).pow(-self.power)
+        inner = factors * squared
+        rank_deficient = gradient.shape[1] > 1
+        return CurvatureStep(
+            scaled(gradient, factors),
+            d,
+            None,
+            lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
+            finite=self._mean.finite,
+            agreed=True,
+            inner=inner,
+            sizes=lambda: (squared.sum(), (factors * inner).sum()),
+        )
+
+    def _running_size(self, squared: Tensor, gradient: Tensor, damping: Damping, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
+        n, m = gradient.shape
+        own = ranks.mean(squared.sum() / max(1, m), n)
+        average = damping.averaging
+        return self._mean.update(own, average.decay, average.growth), own
+
+    def _push_through(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+        # An m x m running mean would cost more than the rest of the step; the batch's C is rescaled to the running
+        # size instead.
+        rows, own = ranks.rows(gradient)
+        n, m = rows.shape
+        products = in_units(gram(rows), unit)
+        # Of all ranks' rows: nobody need be asked again.
+        size, own_size = self._running_size(products.diagonal(), rows, damping, ONE_PROCESS)
+        weight = torch.where(own_size > 0, size / own_size, 1.0) / n
+        assert self._mean.finite is not None
+        c = torch.where(self._mean.finite, products, 0.0) * weight
+        # G'G and GG' share their eigenvalues.
+        d = damping_for(damping, lambda: torch.linalg.matrix_norm(c) / m**0.5, gradient)
+        if self.refresh_every > 1:
+            # C = weight / unit * rows' rows, by its own factorisation.
+            self._kept.put(sketch_of_rows(rows.to(c.dtype), c, in_units(weight, unit)), d, self._mean.finite, m, 1)
+            return self._from_kept(gradient, damping, True, unit)
+        solved = push_through(c, d, self.power)[own]
+        inner = (solved * products[own]).sum(-1, keepdim=True)
+        share = self._own(gradient, damping)
+        if share:
+            solved = solved / torch.rsub(inner, 1.0, alpha=-share)
+        return CurvatureStep(
+            weighed(solved, rows, products),
+            d,
+            None,
+            lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(c).max()),
+            finite=self._mean.finite,
+            agreed=True,
+            inner=inner,
+            sizes=lambda: (products.diagonal()[own].sum(), ((solved @ products) * solved).sum()),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running mean of C, and the C that is kept for the next steps."""
+        kept = self._kept.state_dict()
+        return self._mean.state_dict() | ({"kept": kept} if kept else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._mean.load_state_dict(state)
+        self._kept.load_state_dict(state.get("kept", {}))
+
+
+class _BatchRelative:
+    """Damping ``c * mean_j |g_j|^2``, which is ``c m`` times the scale of the per-sample Fisher."""
+
+    averaging = Averaging()
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def value(self, scale: Tensor) -> Tensor:
+        return (self.ratio * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+class SoftNormalization(EmpiricalFisher):
+    """``g_i / sqrt(|g_i|^2 + c mean_j |g_j|^2)``: every sample's gradient at about length one.
+
+    The matrix-free end of the family: the per-sample Fisher at power 1/2 with damping relative to the
+    batch. The baseline that any claim for a matrix must beat.
+
+    Args:
+        c: how soft; positive. With ``damping="auto"`` the damping is ``c mean_j |g_j|^2``; any other damping
+            takes its place.
+    """
+
+    def __init__(self, c: float = 0.1) -> None:
+        super().__init__(structure="per_sample", power=0.5)
+        self.c = check_positive("c", c)
+
+    def __repr__(self) -> str:
+        return f"SoftNormalization(c={self.c:g})"
+
+    def step(
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        damping: Damping,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        weight: Tensor | None = None,
+    ) -> CurvatureStep:
+        """See :meth:`Curvature.step`; ``hvp`` is not used."""
+        own = _BatchRelative(self.c * gradient.shape[1]) if isinstance(damping, AutoDamping) else damping
+        return super().step(gradient, hvp, own, ranks, 1, weight)
