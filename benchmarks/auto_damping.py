@@ -78,9 +78,11 @@ BARE = {"growth": 1e300, "floor": 0.0, "own": 0.0}
 ARMS: dict[str, Callable[[], npl.LossHook | None]] = {
     "plain": lambda: None,
     "soft normalisation": lambda: npl.LossHook(curvature="norm"),
-    "Fisher auto": lambda: npl.LossHook(damping="auto"),
-    "Fisher auto, running mean only": lambda: npl.LossHook(damping=npl.AutoDamping(**BARE)),
-    "Fisher auto, relative to the batch only": lambda: npl.LossHook(damping=npl.AutoDamping(decay=0.0, **BARE)),
+    "Fisher auto": lambda: npl.LossHook(structure="mean"),
+    "Fisher auto, running mean only": lambda: npl.LossHook(structure="mean", damping=npl.AutoDamping(**BARE)),
+    "Fisher auto, relative to the batch only": lambda: npl.LossHook(
+        structure="mean", damping=npl.AutoDamping(decay=0.0, **BARE)
+    ),
     "isotropic auto": lambda: npl.LossHook(structure="isotropic"),
     "Fisher 0.001": lambda: npl.LossHook(damping=1e-3),
     "Fisher 0.01": lambda: npl.LossHook(damping=1e-2),

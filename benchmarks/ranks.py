@@ -35,7 +35,11 @@ def measure(rounds: int) -> list[dict[str, float]]:
     for m in WIDTHS:
         torch.manual_seed(0)
         model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, m)))
-        hooks = {"without": None, "local": npl.LossHook(sync=False), "sync": npl.LossHook(sync=True)}
+        hooks = {
+            "without": None,
+            "local": npl.LossHook(structure="mean", sync=False),
+            "sync": npl.LossHook(structure="mean"),
+        }
         x, t = torch.randn(BATCH, 64), torch.randint(0, m, (BATCH,))
         times: dict[str, list[float]] = {name: [] for name in hooks}
         for k in range(rounds + 3):

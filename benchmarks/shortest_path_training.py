@@ -20,7 +20,7 @@ LOSSES = ("for_l1", "for_l2", "while_l1", "while_l2", "smoothing", "fenchel_youn
 ARMS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "norm": {"curvature": "norm"},
-    "fisher": {"curvature": "fisher", "damping": "auto"},
+    "fisher": {"curvature": "fisher", "damping": "auto", "structure": "mean"},
     "fisher isotropic": {"curvature": "fisher", "damping": "auto", "structure": "isotropic"},
 }
 QUIET = {

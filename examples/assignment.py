@@ -58,7 +58,7 @@ def train(arm: tuple[str, str, str | None], seed: int, args: argparse.Namespace)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, JOBS))
     fenchel_young = FenchelYoungLoss(assign, samples=args.samples, sigma=0.5, minimize=True)
     perturbed = PerturbedOptimizer(assign, samples=args.samples, sigma=0.5, minimize=True, estimator=estimator)
-    hook = npl.LossHook(curvature=curvature) if curvature else None
+    hook = npl.LossHook(curvature=curvature, structure="mean") if curvature else None
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     for people, _, observed in batches("train", args.steps, 32, seed):

@@ -45,7 +45,7 @@ LONG = Setting(
         Arm("textbook + Newton", "textbook", {}, against="textbook"),
         Arm("stable", "neural_sort"),
         Arm("stable + Newton", "neural_sort", {}, against="stable"),
-        Arm("stable + isotropic", "neural_sort", {"structure": "isotropic"}, against="stable"),
+        Arm("stable + full matrix", "neural_sort", {"structure": "mean"}, against="stable"),
     ),
 )
 
@@ -67,8 +67,8 @@ SETTINGS = (LONG, SHARP)
 LEGEND = """\
 textbook: BCELoss on NeuralSort's soft permutation matrix. stable: RankingLoss,
 the same number computed in the log domain. + Newton: NewtonLosses() added to
-the Trainer. isotropic: NewtonLosses(structure="isotropic"), the size of the
-curvature without its directions. difference: to the same loss without the
+the Trainer. full matrix: NewtonLosses(structure="mean"), the paper's m x m
+matrix in place of its size alone. difference: to the same loss without the
 callback, paired seed by seed, with its 95 % interval. seconds: one run with its
 validation, one thread, {workers} at a time. Learning rate and temperature were fixed
 beforehand, the same in every arm, and not tuned for each: tuning can change the

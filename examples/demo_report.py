@@ -23,7 +23,7 @@ STYLES = {
     "textbook + Newton": ("#D55E00", "-"),
     "stable": ("#56B4E9", "--"),
     "stable + Newton": ("#0072B2", "-"),
-    "stable + isotropic": ("#009E73", "-."),
+    "stable + full matrix": ("#009E73", "-."),
 }
 
 

@@ -28,7 +28,7 @@ def network() -> nn.Sequential:
 
 def newton_losses(scores: Tensor, ranks: Tensor) -> Tensor:
     """``1/2 ||scores - target||^2`` of each list: the target is a constant, the Newton step away from the scores."""
-    target = npl.newton_step(ranking_loss, scores, ranks, curvature="fisher").target
+    target = npl.newton_step(ranking_loss, scores, ranks, structure="mean").target
     return (scores - target).square().sum(-1) / 2
 
 

@@ -46,7 +46,7 @@ def forecast_loss(forecast: Tensor, returns: Tensor, _: Tensor) -> Tensor:
 LOSSES = {
     "two-stage": lambda: forecast_loss,
     "end to end": lambda: decision_loss,
-    "Newton, Fisher": lambda: npl.NewtonLoss(decision_loss),
+    "Newton, Fisher": lambda: npl.NewtonLoss(decision_loss, structure="mean"),
     "Newton, Hessian": lambda: npl.NewtonLoss(decision_loss, curvature="hessian"),
     "isotropic": lambda: npl.NewtonLoss(decision_loss, structure="isotropic"),
     "soft normalisation": lambda: npl.NewtonLoss(decision_loss, curvature="norm"),

@@ -22,14 +22,15 @@ def trained(newton: bool) -> tuple[list[int], Tensor, list[float]]:
     torch.manual_seed(0)
     model, data = RankDigits("neural_sort", steps=STEPS), DigitRankingData(10, steps=STEPS)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    hook = npl.LossHook()
+    hook = npl.LossHook(structure="mean")
     many = next(iter(DigitLists("train", 10, batch_size=1000, batches=1, seed=9)))
     steps, eigenvalues, damping = [], [], []
     for step, (images, ranks) in enumerate(data.train_dataloader()):
         if step % EVERY == 0:
             scores = model(many[0]).detach().double()
             steps.append(step)
-            eigenvalues.append(torch.linalg.eigvalsh(npl.newton_step(model.stable_loss, scores, many[1]).curvature))
+            c = npl.newton_step(model.stable_loss, scores, many[1], structure="mean").curvature
+            eigenvalues.append(torch.linalg.eigvalsh(c))
         optimizer.zero_grad()
         loss = model.stable_loss(model(images), ranks)
         (hook(loss) if newton else loss).backward()
@@ -48,7 +49,7 @@ def draw(path: Path) -> str:
             eigenvalues = eigenvalues[:, 1:]  # the smallest is 0: the loss sees differences of scores only
             for k, curve in enumerate(eigenvalues.T):
                 axis.semilogy(steps, curve, color=colormaps["cividis"](k / 8), lw=2)
-            title = "LossHook()" if newton else "plain training"
+            title = 'structure "mean"' if newton else "plain training"
             spread, late = eigenvalues[:, -1] / eigenvalues[:, 0], len(steps) // 2
             report.append(f"{title}: largest / smallest {spread[0]:.1f} at first, {spread[late:].median():.1f} late")
             if newton:

@@ -54,7 +54,7 @@ def draw(path: Path, points: int = 401) -> None:
                 (textbook(matrix), scores.float(), BLACK, ":", "BCELoss of the matrix, float32"),
                 (stable, scores, BLUE, "-", "RankingLoss"),
             ):
-                newton = npl.newton_step(loss, y, ranks)
+                newton = npl.newton_step(loss, y, ranks, structure="mean")
                 for axis, field in zip(row, (newton.gradient, newton.step), strict=True):
                     relative = field / field.square().mean().sqrt()
                     axis.plot(scores[:points, 0], relative[:points, 0], line, color=color, label=label)

@@ -47,9 +47,9 @@ class NewtonLosses(CallbackBase):
             positive number is absolute, as in the paper; larger is closer to plain gradient descent. Or an
             instance, such as ``newton_plugin.AutoDamping(ratio=1.0)``.
         structure: How much of C is kept. "mean": one matrix for the batch, as in the paper. "per_sample": one
-            for each sample. "isotropic": its mean eigenvalue only; the control that shows whether directions
-            matter. "diagonal": its diagonal, for wide outputs. "block": one matrix for each position of a sequence or
-            an image, whose features `feature_dims` names.
+            for each sample. "isotropic": its mean eigenvalue only, no directions. "diagonal": its diagonal, for wide
+            outputs. "block": one matrix for each position of a sequence or an image, whose features `feature_dims`
+            names. "auto": "isotropic" for Fisher with damping "auto", "mean" for everything else.
         power: 1 for a Newton step, 0.5 for the inverse square root of C (a whitening, as in Adam).
         reduction: How the loss reduces over the batch, "mean" or "sum".
         boundary: Where outputs end and the loss begins. "auto": the first operations with parameters, seen
@@ -75,7 +75,7 @@ class NewtonLosses(CallbackBase):
         *,
         curvature: Literal["fisher", "hessian", "norm", "auto"] | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Literal["mean", "per_sample", "isotropic", "diagonal", "block"] = "mean",
+        structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal", "block"] = "auto",
         power: float = 1,
         reduction: Literal["mean", "sum"] = "mean",
         boundary: str | list[str] = "auto",

@@ -15,7 +15,7 @@ curvature              C                                           who knows it 
 ``structure`` says how much of C is kept: "mean", one m x m matrix for the batch (the paper's); "per_sample",
 one for each sample; "block", one for each position where feature_dims leave several (outputs (N, T, V) with
 feature_dims=-1: T matrices V x V); "diagonal", its diagonal; "isotropic", ``(tr C / m) I``, the control which shows
-whether directions matter at all.
+whether directions matter at all, and the default (docs/when-it-helps.md).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from newton_plugin._fabric import past_fabrics_guard
-from newton_plugin._graph import Boundary, differentiable_once
+from newton_plugin._graph import Boundary, differentiable_once, elements_between
 from newton_plugin._hessian import HessianUnavailable
 from newton_plugin._rows import RowLayout
 from newton_plugin._rule import StepRule
@@ -182,7 +182,8 @@ def hessian_products(
             raise HessianUnavailable(_first_line(error)) from error
         return layout.to_rows(products).to(vectors)
 
-    return SampleHessians(hvp)
+    at = (boundary.edge.node, boundary.edge.output_nr)
+    return SampleHessians(hvp, elements=lambda: elements_between(gradient, at))
 
 
 def _first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ operation whose backward is ``node``. The *consumers* of an edge are the operati
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ __all__ = [
     "children",
     "differentiable_once",
     "edge_shape",
+    "elements_between",
     "explore",
     "is_leaf",
     "is_output_of_fsdp1",
@@ -204,6 +206,14 @@ def differentiable_once(gradient: Tensor) -> bool:
     return gradient.grad_fn is not None and any(
         node.name() == "torch::autograd::Error" for node in explore(gradient.grad_fn, lambda edge: False).nodes
     )
+
+
+def elements_between(gradient: Tensor, edge: Edge) -> int:
+    """How many numbers one vector makes on its way back from a gradient to the outputs behind ``edge``."""
+    if gradient.grad_fn is None:
+        return 0
+    nodes = explore(gradient.grad_fn, edge.__eq__).nodes
+    return sum(math.prod(tensor.shape) for node in nodes if not is_leaf(node) for tensor in node._input_metadata)  # type: ignore[attr-defined]
 
 
 def mark_preconditioned(node: Node, edges: Iterable[Edge]) -> None:

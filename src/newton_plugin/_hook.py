@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_plugin._boundary import BoundaryFinder, Cut
-from newton_plugin._curvature import Curvature, Structure
+from newton_plugin._curvature import Curvature
 from newton_plugin._damping import Damping
 from newton_plugin._diagnostics import diagnostics
 from newton_plugin._eager import eager
@@ -29,7 +29,7 @@ from newton_plugin._live import precondition
 from newton_plugin._ranks import current_ranks
 from newton_plugin._recorded import LossCall, ModuleOutput
 from newton_plugin._rows import layout_of
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, StructureChoice
 
 __all__ = ["LossHook"]
 
@@ -55,8 +55,10 @@ class LossHook:
     Args:
         curvature: "fisher", "hessian", "norm", "auto", or an instance.
         damping: a positive number (Tikhonov, in units of C), "auto", or an instance.
-        structure: how much of C is kept: "mean", "per_sample", "isotropic", "diagonal" or "block" (one matrix for each
-            position of a sequence or an image; needs ``feature_dims``).
+        structure: how much of C is kept: "mean" (the paper's matrix), "per_sample", "isotropic", "diagonal" or "block"
+            (one matrix for each position of a sequence or an image; needs ``feature_dims``). "auto": "isotropic" for
+            Fisher with a relative damping, what no comparison of docs/when-it-helps.md found a matrix to beat; "mean"
+            for a fixed damping, the Hessian and power 0.5.
         power: 1, or 0.5.
         reduction: whether the loss is the "mean" or the "sum" over the samples.
         boundary: "auto" finds the outputs in the autograd graph; otherwise the name of a submodule (its
@@ -85,7 +87,7 @@ class LossHook:
         *,
         curvature: CurvatureName | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Structure = "mean",
+        structure: StructureChoice = "auto",
         power: float = 1,
         reduction: Reduction = "mean",
         boundary: str | Sequence[str] = "auto",

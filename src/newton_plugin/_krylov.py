@@ -20,18 +20,17 @@ Where more than 16 rounds are allowed it is, from the ninth on, orthogonalised a
 (eigenvalues from 1e-6 to 100) stays at an error of 10 % after as many products as it has features, with it the step is
 exact there. At 16 rounds and less it would double the time for nothing that was seen.
 
-Eight rounds are what a training step is given unless it asks for more. Relative error against the dense repaired step
-and cosine with it, measured at m = 200 (40 samples):
+Eight rounds are what a training step is given unless it asks for more. Relative error against the step that this
+converges to, and cosine with it, at m = 200 (40 samples; ``benchmarks.large_outputs.errors``):
 
-=========================================  ============  ============  ============  ============
-loss, damping                              4 products    8             16            24
-=========================================  ============  ============  ============  ============
-convex, neighbours coupled, 0.1            .16, .988     .02, 1.00     .000, 1.00    .000, 1.00
-7 % of the eigenvalues negative, 1         .10, .995     .10, .995     .10, .995     .10, .995
-the same, 0.1                              .39, .93      .28, .96      .22, .98      .20, .98
-half of the eigenvalues negative, 0.1      .39, .93      .28, .96      .14, .99      .08, 1.00
-the same, 0.01                             .81, .60      1.0, .60      .77, .77      .57, .84
-=========================================  ============  ============  ============  ============
+=========================================  ==============  ==============
+loss, damping                              8 products      16
+=========================================  ==============  ==============
+convex, neighbours coupled, 0.1            .02, 1.00       .003, 1.00
+7 % of the eigenvalues negative, 0.1       .22, .98        .10, .99
+half of the eigenvalues negative, 0.1      .50, .89        .33, .95
+the same, 0.01                             .88, .57        .81, .60
+=========================================  ==============  ==============
 
 Where H is definite, the residual says how far the step is from the exact one. Where it is not, ``1 / (|l| + d)`` has a
 kink at 0, and many products may be needed to see on which side of it eigenvalues lie: the step is then one of the safe

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._curvature import Curvature, Structure
+from newton_plugin._curvature import Curvature
 from newton_plugin._damping import Damping
 from newton_plugin._diagnostics import diagnostics
 from newton_plugin._eager import eager
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._graph import explore, is_preconditioned, make_boundary
 from newton_plugin._live import precondition
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StepRule, StructureChoice
 
 __all__ = ["NewtonLoss", "newton_loss"]
 
@@ -50,7 +50,7 @@ class NewtonLoss(nn.Module):
         *,
         curvature: CurvatureName | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Structure = "mean",
+        structure: StructureChoice = "auto",
         power: float = 1,
         reduction: Reduction = "mean",
         outputs: int | str | Sequence[int | str] = 0,
@@ -184,7 +184,7 @@ def newton_loss(
     *,
     curvature: CurvatureName | Curvature = "fisher",
     damping: float | Literal["auto"] | Damping = "auto",
-    structure: Structure = "mean",
+    structure: StructureChoice = "auto",
     power: float = 1,
     reduction: Reduction = "mean",
     outputs: int | str | Sequence[int | str] = 0,

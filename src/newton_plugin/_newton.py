@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._curvature import Curvature, Structure
+from newton_plugin._curvature import Curvature
 from newton_plugin._damping import Damping
 from newton_plugin._errors import NoGradientError, check_floating
 from newton_plugin._graph import LossGraph, explore, make_boundary
 from newton_plugin._live import take_steps
 from newton_plugin._rows import RowLayout
-from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings
+from newton_plugin._rule import CurvatureName, OnNonfinite, Reduction, RuleSettings, StructureChoice
 
 __all__ = ["NewtonStep", "newton_step"]
 
@@ -44,7 +44,7 @@ def newton_step(
     *args: Any,
     curvature: CurvatureName | Curvature = "fisher",
     damping: float | Literal["auto"] | Damping = "auto",
-    structure: Structure = "mean",
+    structure: StructureChoice = "auto",
     power: float = 1,
     reduction: Reduction = "mean",
     feature_dims: int | Sequence[int] | None = None,

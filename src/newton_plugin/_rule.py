@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._curvature import HVP, STRUCTURES, Curvature, CurvatureStep, Structure, check_power
-from newton_plugin._damping import Damping, resolve_damping
+from newton_plugin._damping import AutoDamping, Damping, resolve_damping
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -29,26 +29,30 @@ from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._rows import check_feature_dims
 from newton_plugin._solve import working_dtype
 
-__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule"]
+__all__ = ["CurvatureName", "OnNonfinite", "Reduction", "RuleSettings", "StepRule", "StructureChoice"]
 
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
+StructureChoice = Literal["auto"] | Structure
 Reduction = Literal["mean", "sum"]
 OnNonfinite = Literal["keep", "raise"]
 _CURVATURES = ("fisher", "hessian", "norm", "auto")
 
 
-def resolve_curvature(curvature: object, structure: Any, power: Any) -> Curvature:
-    """A name or an instance, as an instance."""
-    check_choice("structure", structure, STRUCTURES)
+def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Damping) -> Curvature:
+    """A name or an instance, as an instance; see :class:`newton_plugin.LossHook` for structure "auto"."""
+    check_choice("structure", structure, ("auto", *STRUCTURES))
     power = check_power(power)
     if isinstance(curvature, str):
         check_choice("curvature", curvature, _CURVATURES)
         if curvature == "norm":
             return SoftNormalization()
         kind = {"fisher": EmpiricalFisher, "hessian": Hessian, "auto": AutoCurvature}[curvature]
+        if structure == "auto":
+            relative = kind is EmpiricalFisher and power == 1 and isinstance(damping, AutoDamping)
+            structure = "isotropic" if relative else "mean"
         return kind(structure, power)
     if isinstance(curvature, Curvature) and not isinstance(curvature, type):
-        if structure != "mean" or power != 1:
+        if structure not in ("auto", "mean") or power != 1:
             raise ArgumentError(
                 f"structure and power belong to the instance when curvature is one; got {curvature!r} with "
                 f"structure={structure!r}, power={power:g}. Give them to its constructor."
@@ -66,7 +70,7 @@ class RuleSettings:
 
     curvature: CurvatureName | Curvature = "fisher"
     damping: float | Literal["auto"] | Damping = "auto"
-    structure: Structure = "mean"
+    structure: StructureChoice = "auto"
     power: float = 1
     reduction: Reduction = "mean"
     feature_dims: int | Sequence[int] | None = None
@@ -86,10 +90,9 @@ class RuleSettings:
 
     def build(self) -> StepRule:
         """A rule with a running state of its own."""
+        damping = copy.deepcopy(resolve_damping(self.damping))
         return StepRule(
-            resolve_curvature(self.curvature, self.structure, self.power),
-            copy.deepcopy(resolve_damping(self.damping)),
-            self.on_nonfinite,
+            resolve_curvature(self.curvature, self.structure, self.power, damping), damping, self.on_nonfinite
         )
 
     @property

@@ -51,12 +51,14 @@ class SampleHessians:
         diagonal_rank_one: the whole Hessian in O(N m), if it has that form.
         blocks: gives all H_i, (N, m, m), at less than m products; None if nothing does.
         independent: whether it is known that no sample's loss depends on another's outputs.
+        elements: gives how many numbers one vector's products make on their way; None where they make few.
     """
 
     products: HVP
     diagonal_rank_one: DiagonalRankOne | None = None
     blocks: Callable[[], Tensor] | None = None
     independent: bool = False
+    elements: Callable[[], int] | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
         return self.products(vectors)

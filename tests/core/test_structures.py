@@ -187,3 +187,31 @@ def test_training_with_them(structure: Any) -> None:
             losses.append(loss.item())
         assert losses[-1] < losses[0]
         assert hook.diagnostics()["fallbacks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({}, {"structure": "isotropic"}),
+        ({"damping": npl.AutoDamping(ratio=1.0)}, {"structure": "isotropic", "damping": npl.AutoDamping(ratio=1.0)}),
+        ({"damping": 0.1}, {"structure": "mean", "damping": 0.1}),
+        ({"power": 0.5}, {"structure": "mean", "power": 0.5}),
+        ({"curvature": "hessian"}, {"curvature": "hessian", "structure": "mean"}),
+        ({"curvature": "auto"}, {"curvature": "auto", "structure": "mean"}),
+        ({"curvature": npl.EmpiricalFisher()}, {"structure": "mean"}),
+    ],
+    ids=str,
+)
+def test_structure_auto_is_isotropic_for_fisher_with_a_relative_damping_only(
+    options: dict[str, Any], same: dict[str, Any]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hooks, steps = [npl.LossHook(**options), npl.LossHook(**same)], []
+    for _ in range(2):  # the second step has a running mean behind it
+        y = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+        t = torch.randint(4, (20,), generator=generator)
+        for hook in hooks:
+            leaf = y.clone().requires_grad_()
+            hook(torch.nn.functional.cross_entropy(leaf, t)).backward()
+            steps.append(leaf.grad)
+        torch.testing.assert_close(steps[-1], steps[-2], rtol=0, atol=0)

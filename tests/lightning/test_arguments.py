@@ -18,7 +18,7 @@ from newton_plugin_lightning import LightningMissingError, NewtonLosses, _bases
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"curvature": "fischer"}, ValueError, r"curvature must be .*'fisher'.*got 'fischer'"),
-    ({"structure": "dense"}, ValueError, r"structure must be one of 'mean'.*got 'dense'"),
+    ({"structure": "dense"}, ValueError, r"structure must be one of 'auto', 'mean'.*got 'dense'"),
     ({"damping": 0}, ValueError, r"damping must be positive.*got 0"),
     ({"damping": -1.0}, ValueError, r"damping must be positive.*got -1\.0"),
     ({"damping": "low"}, ValueError, r"damping must be a positive number, 'auto'.*got 'low'"),
@@ -47,7 +47,7 @@ def test_the_signature_is_the_public_one() -> None:
     assert {k: p.default for k, p in parameters.items()} == {
         "curvature": "fisher",
         "damping": "auto",
-        "structure": "mean",
+        "structure": "auto",
         "power": 1,
         "reduction": "mean",
         "boundary": "auto",
