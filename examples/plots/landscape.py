@@ -34,7 +34,7 @@ def draw(path: Path) -> str:
     report = []
     fine, coarse = grid(141, 2.2), grid(13, 2.0)
     line, values = fine[:141, 0].numpy(), loss(fine).reshape(141, 141).numpy()
-    newton = npl.newton_step(loss, coarse, structure="mean")
+    newton = npl.newton_step(loss, coarse)
     arrows = {"gradient": -newton.gradient, "Newton step": -newton.step}
     with figure(path, 9, 5.1, columns=2, sharey=True) as (drawing, axes):
         for axis, (name, field) in zip(axes[0], arrows.items(), strict=True):
