@@ -25,7 +25,7 @@ __all__ = ["DirectForms", "dense_sum", "diagonal_sum", "probe_sum", "sample_hess
 
 _CHUNK_ELEMENTS = 2**21  # of (K, N, m), probes taken at once: 16 MiB
 # And of what the loss makes of them. About a seventh is alive at the same time. Measured on 16 relaxed Bellman-Ford
-# grids of 48 x 48, 6e8 numbers a probe: all 32 probes at once take 15 GB and 80 s, one at a time 2.5 GB and 25 s.
+# grids of 48 x 48, 6e8 numbers a probe: all 32 probes at once take 15 GB and 80 s, one at a time 2.8 GB and 26 s.
 _GRAPH_ELEMENTS = 2**27
 _GRAPH_ELEMENTS_OF_DEVICES = 2**30  # where a product costs launches
 _FEW_ELEMENTS = 2**14  # of (K, N, m), up to which the graph is not looked at: that takes a tenth of a product
