@@ -86,7 +86,7 @@ def test_a_compiled_loss_has_no_hessian_and_that_is_said(backend: str, door: str
     with pytest.warns(UserWarning, match=SPLIT) as caught:
         ours = trained(lambda model, x, t: compiled(model(x), t), hook)
     assert len([w for w in caught if "newton_plugin" in str(w.message)]) == 1
-    assert relative_error(ours, expected("fisher")) <= 1e-10
+    assert relative_error(ours, expected(npl.EmpiricalFisher())) <= 1e-10
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)
