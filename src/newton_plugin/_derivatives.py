@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from newton_plugin._errors import NoGradientError
 from newton_plugin._fabric import past_fabrics_guard
 from newton_plugin._graph import Boundary, differentiable_once, elements_between
 from newton_plugin._hessian import HessianUnavailable
@@ -17,10 +18,14 @@ from newton_plugin._rows import RowLayout
 from newton_plugin._rule import StepRule
 from newton_plugin._sample_hessians import SampleHessians
 
-__all__ = ["Gradients", "Scaling", "hessian_products", "loss_gradients"]
+__all__ = ["Gradients", "Scaling", "SinglePassError", "hessian_products", "loss_gradients", "no_second_pass"]
 
 Scaling = Literal["mean", "sum", "per_row"]
 """How the gradient that arrives at the loss is spread over its samples."""
+
+
+class SinglePassError(NoGradientError):
+    """The backward of the loss can run once only: torch.compile lets it write into what the forward has saved."""
 
 
 @dataclass
@@ -51,6 +56,10 @@ def loss_gradients(
 
     The seed N (for a mean) is given to backward and not multiplied afterwards: in half precision the gradients
     of a mean underflow.
+
+    Raises:
+        SinglePassError: torch.compile has made a backward that allows no pass of our own beside the user's. Nothing
+            has been computed then, and the graph is as it was.
     """
     seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
     if loss.dtype in (torch.float16, torch.bfloat16):
@@ -59,7 +68,7 @@ def loss_gradients(
     cause = ""
     try:
         raw, changed = _differentiate(loss, seed, boundaries, listened, upstream, twice)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, SinglePassError):
         raise
     except RuntimeError as error:
         if not twice:
@@ -132,6 +141,14 @@ def _differentiate(
                 create_graph=create_graph,
                 allow_unused=True,
             )
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            raise SinglePassError(
+                "torch.compile has made a backward of this loss that runs once (donated buffers): there is no double "
+                "backward through it, and no pass of its own for a step that needs one. Compile the network and not "
+                "the loss, or set torch._functorch.config.donated_buffer = False before it is compiled."
+            ) from error
+        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -141,6 +158,15 @@ def _differentiate(
         return any(not torch.allclose(r, s, rtol=1e-3, equal_nan=True) for r, s in pairs)
 
     return [r if s is None else s for r, s in zip(returned, sent, strict=True)], changed
+
+
+def no_second_pass(cause: str) -> SampleHessians:
+    """Hessians that are asked for and cannot be had."""
+
+    def hvp(_: Tensor) -> Tensor:
+        raise HessianUnavailable(cause)
+
+    return SampleHessians(hvp)
 
 
 def hessian_products(

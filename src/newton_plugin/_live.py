@@ -14,7 +14,7 @@ underflowing), losses of one number for each sample (whose weights may be zero),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +22,19 @@ import torch
 from torch import Tensor
 
 from newton_plugin._closed_form import Form, find_form
-from newton_plugin._derivatives import Scaling, hessian_products, loss_gradients
+from newton_plugin._derivatives import (
+    Scaling,
+    SinglePassError,
+    hessian_products,
+    loss_gradients,
+    no_second_pass,
+)
 from newton_plugin._errors import ShapeError
 from newton_plugin._graph import Boundary, mark_preconditioned
 from newton_plugin._ranks import current_ranks
 from newton_plugin._rows import RowLayout, layout_of
 from newton_plugin._rule import RuleSettings, StepRule
+from newton_plugin._sample_hessians import SampleHessians
 from newton_plugin._solve import working_dtype
 from newton_plugin._surrogate import Sender, splice
 
@@ -73,18 +80,37 @@ def precondition(
     layouts = [layout_of(b.shape, settings.features) for b in boundaries]
     sources = _sources(loss, boundaries, layouts, rules)
     if "products" not in sources and _can_wait(loss, boundaries, layouts, settings):
-        senders: list[Sender] = []
-        for layout, source, rule in zip(layouts, sources, rules, strict=True):
-            form = source if isinstance(source, Form) else None
-            sender = _InBackward(layout, rule, settings.reduction == "mean", form)
-            if form is not None:
-                form.node.register_hook(sender.hear)
-            senders.append(sender)
+        senders = _in_backward(layouts, sources, rules, settings)
     else:
-        steps, scaling = _take_steps(loss, boundaries, layouts, sources, rules, settings)
-        senders = [_AtOnce(s.step, s.layout, scaling) for s in steps]
+        try:
+            steps, scaling = _take_steps(loss, boundaries, layouts, sources, rules, settings)
+            senders = [_AtOnce(s.step, s.layout, scaling) for s in steps]
+        except SinglePassError as error:
+            if not _can_wait(loss, boundaries, layouts, settings):
+                raise
+            senders = _in_backward(layouts, sources, rules, settings, str(error))
     splice(loss, boundaries, senders)
     mark_preconditioned(loss.grad_fn, [(b.edge.node, b.edge.output_nr) for b in boundaries])
+
+
+def _in_backward(
+    layouts: Sequence[RowLayout],
+    sources: Sequence[Source],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+    cause: str = "",
+) -> list[Sender]:
+    """Senders that wait; ``cause``: why Hessian-vector products cannot be had though a rule asks for them."""
+    senders: list[Sender] = []
+    for layout, source, rule in zip(layouts, sources, rules, strict=True):
+        hessians = source.hessians if isinstance(source, Form) else None
+        if source == "products":
+            hessians = lambda _: no_second_pass(cause)  # noqa: E731
+        sender = _InBackward(layout, rule, settings.reduction == "mean", hessians)
+        if isinstance(source, Form):
+            source.node.register_hook(sender.hear)
+        senders.append(sender)
+    return senders
 
 
 Source = Form | Literal["products"] | None
@@ -163,12 +189,14 @@ def _take_steps(
 class _InBackward:
     """A :class:`newton_plugin._surrogate.Sender` whose step is made of the gradient that the backward pass brings."""
 
-    def __init__(self, layout: RowLayout, rule: StepRule, mean: bool, form: Form | None) -> None:
+    def __init__(
+        self, layout: RowLayout, rule: StepRule, mean: bool, hessians: Callable[[Tensor], SampleHessians] | None
+    ) -> None:
         self.waits = True
         self._layout = layout
         self._rule = rule
         self._mean = mean
-        self._hessians = None if form is None else form.hessians
+        self._hessians = hessians
         self._upstream: Tensor | None = None
         self._sent: Tensor | None = None
         self._scale: Tensor | None = None

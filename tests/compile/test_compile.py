@@ -89,6 +89,36 @@ def test_a_compiled_loss_has_no_hessian_and_that_is_said(backend: str, door: str
     assert relative_error(ours, expected(npl.EmpiricalFisher())) <= 1e-10
 
 
+@pytest.mark.parametrize("door", ["hook", "wrapper"])
+def test_a_compiled_loss_that_was_trained_plainly_before(backend: str, door: str) -> None:
+    """Its backward was compiled for one pass alone (inductor's donated buffers): the step waits for that pass."""
+    compiled = torch.compile(curved, backend=backend)
+    assert (
+        relative_error(trained(lambda m, x, t: compiled(m(x), t), lambda loss: loss), trained(plain, lambda z: z))
+        < 1e-10
+    )
+    hook = npl.LossHook(curvature="hessian") if door == "hook" else lambda loss: loss
+    loss = npl.newton_loss(compiled, curvature="hessian") if door == "wrapper" else compiled
+    with pytest.warns(UserWarning, match=SPLIT) as caught:
+        ours = trained(lambda model, x, t: loss(model(x), t), hook)
+    assert len([w for w in caught if "newton_plugin" in str(w.message)]) == 1
+    assert relative_error(ours, expected(npl.EmpiricalFisher())) <= 1e-10
+
+
+def test_a_step_that_cannot_wait_says_what_to_do_about_a_single_pass(backend: str) -> None:
+    compiled = torch.compile(curved, backend=backend)
+    (x, t), *_ = BATCHES
+    y = network()(x)
+
+    def once(*_: Any) -> None:
+        raise RuntimeError("This backward function was compiled with non-empty donated buffers which requires ...")
+
+    loss = compiled(y, t)
+    loss.grad_fn.register_prehook(once)
+    with pytest.raises(npl.NewtonPluginError, match=r"runs once \(donated buffers\).*Compile the network and not"):
+        npl.LossHook(curvature="hessian", on_nonfinite="raise")(loss)
+
+
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_a_wrapped_loss_inside_a_compiled_function_stays_out_of_it(backend: str, curvature: Any) -> None:
     """A graph break before it; the step, and the loss it differentiates, run eagerly."""
