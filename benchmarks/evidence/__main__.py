@@ -5,6 +5,8 @@
     python -m benchmarks.evidence report --table ranking        # sixteen seeds of what tuning chose
     python -m benchmarks.evidence time --table ranking          # milliseconds a step, on a quiet machine
     python -m benchmarks.evidence damping                       # accuracy over fixed dampings, validation data
+    python -m benchmarks.evidence fixed --scale paper --data-dir DIR --device cuda --steps 3000 --problems neural_sort_5
+                                                                # given learning rates, no tuning: the paper's scale
     python -m benchmarks.evidence why                           # signal and noise, a minute
     python -m benchmarks.evidence tables                        # no training: Markdown from the lines
 
@@ -24,6 +26,7 @@ from benchmarks.evidence import plan
 from benchmarks.evidence.arms import ARMS, CANDIDATES
 from benchmarks.evidence.damping import DAMPED, damping_groups
 from benchmarks.evidence.damping import PROBLEMS as DAMPING_PROBLEMS
+from benchmarks.evidence.fixed import FIXED_ARMS, fixed_groups
 from benchmarks.evidence.mechanism import append_mechanism
 from benchmarks.evidence.problems import Problem
 from benchmarks.evidence.registry import problems
@@ -37,11 +40,12 @@ RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "tune", "report", "damping", "time", "why", "tables"])
+    parser.add_argument("what", choices=["search", "tune", "report", "damping", "fixed", "time", "why", "tables"])
     parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more, beyond")
     parser.add_argument("--problems", nargs="+", help="some problems by name")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *CANDIDATES], metavar="ARM", help="some arms by name")
-    parser.add_argument("--seeds", type=int, default=8, help="of the search: 4 to screen, 8 to choose")
+    parser.add_argument("--seeds", type=int, help="of the search: 4 to screen, 8 (the default) to choose; fixed: 3")
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3], help="learning rates of fixed")
     parser.add_argument("--scale", choices=["cpu", "paper"], default="cpu")
     parser.add_argument("--data-dir", help="a folder with MNIST's IDX files, in place of scikit-learn's digits")
     parser.add_argument("--device", default="cpu", help="where to train")
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     data = "digits" if options.data_dir is None else Path(options.data_dir).name
-    every = problems(options.scale, options.data_dir)
+    every = problems(options.scale, options.data_dir, options.device)
     if options.steps is not None:
         every = {name: replace(problem, steps=options.steps) for name, problem in every.items()}
     if options.what == "tables":
@@ -85,7 +89,7 @@ def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -
         for arm in options.arms or [a for a in (*ARMS, *CANDIDATES) if a != "plain, textbook"]:
             for name in names:
                 if arm not in every[name].without:
-                    yield plan.search_runs(every[name], arm, options.seeds, data)
+                    yield plan.search_runs(every[name], arm, options.seeds or 8, data)
         return
     if options.what == "damping":
         for name in options.problems or DAMPING_PROBLEMS:
@@ -93,6 +97,13 @@ def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -
             yield from damping_groups(every[name], plan.sharpness(every[name], data, options.scale, chosen), data)
         return
     names = options.problems or [name for name, p in every.items() if p.table == (options.table or p.table)]
+    if options.what == "fixed":
+        arms, seeds = options.arms or FIXED_ARMS, options.seeds or 3
+        for name in names:
+            small = problems()[name]
+            chosen = Lines(RESULTS / f"{small.table}.jsonl").by_run()
+            yield from fixed_groups(every[name], small, chosen, arms, options.rates, seeds, data)
+        return
     if options.what == "tune":
         for name in names:
             runs = plan.sharpness_runs(every[name], data, options.scale)

@@ -21,11 +21,12 @@ class NumberLists:
         part, folder: of the images.
         n: length of the lists.
         digits: of a number; leading zeros are written.
+        device: where the images are; what is drawn is the same on every device.
     """
 
-    def __init__(self, part: Part, n: int, digits: int, folder: str | None = None) -> None:
-        self.n, self.digits = n, digits
-        self.images, self.start, self.count = _by_digit(part, folder)
+    def __init__(self, part: Part, n: int, digits: int, folder: str | None = None, device: str = "cpu") -> None:
+        self.n, self.digits, self.device = n, digits, device
+        self.images, self.start, self.count = _by_digit(part, folder, device)
 
     def draw(self, batches: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """``batches`` batches of ``size`` lists; the same for the same seed."""
@@ -39,7 +40,7 @@ class NumberLists:
             index = self.start[written] + (which * self.count[written]).long()
             ranks = numbers.argsort(-1).argsort(-1)
             for i, r in zip(index.split(size), ranks.split(size), strict=True):
-                yield self.images[i].movedim(-3, -2).flatten(-2), r
+                yield self.images[i.to(self.device)].movedim(-3, -2).flatten(-2), r
 
 
 def different(count: int, n: int, below: int, generator: torch.Generator) -> Tensor:
@@ -56,8 +57,8 @@ def different(count: int, n: int, below: int, generator: torch.Generator) -> Ten
 
 
 @cache
-def _by_digit(part: Part, folder: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _by_digit(part: Part, folder: str | None, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Images sorted by their digit; where a digit's images start, and how many there are."""
     data: Images = digit_images(part, folder)
     count = data.labels.bincount(minlength=10)
-    return data.images[data.labels.argsort(stable=True)], count.cumsum(0) - count, count
+    return data.images[data.labels.argsort(stable=True)].to(device), count.cumsum(0) - count, count

@@ -11,14 +11,19 @@ from benchmarks.evidence.ranking import ranking_problems
 __all__ = ["problems"]
 
 
-def problems(scale: str = "cpu", folder: str | None = None) -> dict[str, Problem]:
+def problems(scale: str = "cpu", folder: str | None = None, device: str = "cpu") -> dict[str, Problem]:
     """Every problem of a scale.
 
     Args:
         scale: "cpu" or "paper".
         folder: with MNIST's IDX files; None: scikit-learn's digits.
+        device: where training images are drawn, of problems that have many.
     """
-    every: list[Problem] = [*ranking_problems(scale, folder), *path_problems(scale), *classification_problems(folder)]
+    every: list[Problem] = [
+        *ranking_problems(scale, folder, device),
+        *path_problems(scale),
+        *classification_problems(folder),
+    ]
     if scale == "cpu":
         every += beyond_problems(folder)
     return {problem.name: problem for problem in every}

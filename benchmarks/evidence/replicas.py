@@ -38,6 +38,7 @@ class Networks:
         if buffers:
             raise ValueError(f"a replica may have no buffers; got {sorted(buffers)}.")
         self._names = list(stacked)
+        self._one_by_one = any(isinstance(layer, nn.Conv2d) for layer in self._one.modules())
         self.parameters: list[Tensor] = [p.detach().to(device).requires_grad_() for p in stacked.values()]
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -53,6 +54,12 @@ class Networks:
         def one(parameters: list[Tensor], x: Tensor) -> Tensor:
             return functional_call(self._one, dict(zip(self._names, parameters, strict=True)), (x,))
 
+        if self._one_by_one:  # stacked convolutions are grouped ones, which are slow
+            count = len(self.parameters[0])
+            each = zip(
+                *(p.unbind() for p in self.parameters), inputs if batched == 0 else [inputs] * count, strict=True
+            )
+            return torch.stack([one(list(parameters), x) for *parameters, x in each])
         return vmap(one, in_dims=(0, batched))(self.parameters, inputs)
 
 

@@ -9,6 +9,7 @@ from benchmarks.evidence.beyond import ignorant_scores
 from benchmarks.evidence.bilevel_lists import BILEVEL, found_lists
 from benchmarks.evidence.damping_table import damping_figure, damping_table
 from benchmarks.evidence.figures import curves
+from benchmarks.evidence.fixed import fixed_table
 from benchmarks.evidence.mechanism_table import mechanism_table
 from benchmarks.evidence.paths import Paths, shortcut_scores
 from benchmarks.evidence.problems import Problem
@@ -36,8 +37,12 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
         written += [out.with_name(f"{out.name}_damping{suffix}") for suffix in (".md", ".png")]
         written[-2].write_text(damping_table(damping, every))
         damping_figure(written[-1], damping, every)
+    paper = Lines(out / "ranking_paper.jsonl").by_run()
+    if paper:
+        written.append(out.with_name(f"{out.name}_ranking_paper.md"))
+        written[-1].write_text(fixed_table(paper, every))
     every = {**every, **BILEVEL}  # type: ignore[dict-item]  # whose runs are no stacks of replicas
-    for table in dict.fromkeys(problem.table for problem in every.values()):
+    for table in dict.fromkeys(problem.table for problem in every.values() if problem.table != "ranking_paper"):
         done = Lines(out / f"{table}.jsonl").by_run()
         if any(run.purpose == "report" for run in done):
             written.append(out.with_name(f"{out.name}_{table}.md"))

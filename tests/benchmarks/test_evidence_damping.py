@@ -96,7 +96,7 @@ def test_a_table_of_the_lines_that_there_are(tmp_path: Path) -> None:
 
 def test_damping_is_resumed_and_asks_for_the_chosen_sharpness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = {name: replace(EVERY[name], steps=10, batch=4) for name in ("single_10", "logistic_5")}  # type: ignore[type-var]
-    monkeypatch.setattr(command, "problems", lambda scale, folder: every)
+    monkeypatch.setattr(command, "problems", lambda scale, folder, device="cpu": every)
     monkeypatch.setattr("benchmarks.evidence.damping.SEARCH_SEEDS", range(2000, 2002))
     monkeypatch.setattr("benchmarks.evidence.damping.DAMPINGS", (0.1, 10.0))
     call = ["damping", "--problems", "single_10", "--out", str(tmp_path)]

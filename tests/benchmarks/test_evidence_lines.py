@@ -97,7 +97,7 @@ def _call(out: Path, *arguments: str) -> None:
 def test_from_tuning_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """The whole way, short; started again it trains nothing, and test data is seen by the report alone."""
     every = {"linear_adam": replace(problems()["linear_adam"], steps=20)}  # type: ignore[type-var]
-    monkeypatch.setattr(command, "problems", lambda scale, folder: every)
+    monkeypatch.setattr(command, "problems", lambda scale, folder, device="cpu": every)
     _call(tmp_path / "e", "report")
     assert "left out: linear_adam" in capsys.readouterr().out  # nothing is tuned yet
     for what in ("tune", "report", "tune", "report"):
