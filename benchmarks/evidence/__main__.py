@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True  # batches have one shape: the fastest convolution is looked for once
     data = "digits" if options.data_dir is None else Path(options.data_dir).name
     every = problems(options.scale, options.data_dir, options.device)
     if options.steps is not None:
