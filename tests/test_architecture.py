@@ -24,6 +24,7 @@ ORDER = [
     "_ranks",
     "_sample_hessians",
     "_memory",
+    "_capture",
     "_running",
     "_solve",
     "_parts",

@@ -16,6 +16,7 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BatchCoupledError",
+    "CaptureError",
     "NewtonPluginError",
     "NoBoundaryError",
     "NoGradientError",
@@ -68,6 +69,10 @@ class NonFiniteError(NewtonPluginError, RuntimeError):
 
 class RanksDisagreeError(NewtonPluginError, RuntimeError):
     """The processes of a distributed run take different Newton steps; raised on all of them."""
+
+
+class CaptureError(NewtonPluginError, RuntimeError):
+    """A step that is captured in a CUDA graph could not be repeated by its replays."""
 
 
 class OutputsTooLargeError(NewtonPluginError, RuntimeError):

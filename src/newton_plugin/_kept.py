@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._capture import refuse_in_a_capture
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
 from newton_plugin._forms import Dense, Diagonal, Form, Isotropic
 from newton_plugin._low_rank import DiagonalLowRank
@@ -81,6 +82,7 @@ class Kept:
     def use(self, device: torch.device) -> tuple[Inverse, Form, Tensor]:
         """Count one step; the inverse of the C that is kept, C, and the damping."""
         form, damping = self._current(device)
+        refuse_in_a_capture(damping, self.every)
         if self._inverse is None:
             self._inverse = form.inverse(damping, self.power)
         self._age += 1

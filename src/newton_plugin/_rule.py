@@ -236,15 +236,13 @@ class StepRule:
         )
 
     def _count(self, fine: Tensor, result: CurvatureStep) -> None:
-        kept = ~fine
-        self._kept = kept.to(torch.int64) if self._kept is None else self._kept.to(kept.device) + kept
+        self._kept = _counted(self._kept, ~fine)
         if result.fallback:
             self._structural_fallbacks += 1
             self._report(result.fallback)
         elif result.zero_hessian is not None:
-            zero = result.zero_hessian.to(torch.int64)
-            self._zero = zero if self._zero is None else self._zero.to(zero.device) + zero
-            if zero.device.type == "cpu":  # elsewhere a look would wait for the device
+            self._zero = _counted(self._zero, result.zero_hessian)
+            if self._zero.device.type == "cpu":  # elsewhere a look would wait for the device
                 self._report_zero()
 
     def _report_zero(self) -> None:
@@ -273,8 +271,8 @@ class StepRule:
             "curvature": self.curvature.state_dict(),
             "damping": self.damping.state_dict() if hasattr(self.damping, "state_dict") else {},  # type: ignore[attr-defined]
             "structural_fallbacks": self._structural_fallbacks,
-            "kept": self._kept,
-            "zero": self._zero,
+            "kept": _copy(self._kept),
+            "zero": _copy(self._zero),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -283,4 +281,15 @@ class StepRule:
         if hasattr(self.damping, "load_state_dict"):
             self.damping.load_state_dict(state["damping"])  # type: ignore[attr-defined]
         self._structural_fallbacks = state["structural_fallbacks"]
-        self._kept, self._zero = state["kept"], state["zero"]
+        self._kept, self._zero = _copy(state["kept"]), _copy(state["zero"])
+
+
+def _counted(count: Tensor | None, more: Tensor) -> Tensor:
+    """A count on the device, with one more where ``more`` is true."""
+    if count is None:
+        return more.to(torch.int64)
+    return count.to(more.device).add_(more)  # in place: the replays of a CUDA graph go on counting
+
+
+def _copy(count: Tensor | None) -> Tensor | None:
+    return None if count is None else count.clone()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._capture import capturing, carried
+
 __all__ = ["RunningMean"]
 
 
@@ -33,6 +35,7 @@ class RunningMean:
         self._count: Tensor | None = None
         self._norm: Tensor | None = None  # of the mean, once somebody has asked
         self._weight: Tensor | None = None  # (1 - decay) count, in a state from before the count was kept
+        self._in_place = False  # a CUDA graph reads and writes mean and count where they are
 
     def update(self, value: Tensor, decay: float, growth: float = math.inf) -> Tensor:
         """Take ``value`` in and return the mean; zeros if nothing finite has come yet.
@@ -43,18 +46,22 @@ class RunningMean:
         self.finite = finite = size < math.inf
         if decay == 0:
             return value.nan_to_num(0.0, 0.0, 0.0)
+        if capturing(value):
+            self._in_place, self._norm = True, None
         mean, count = self._before(value, decay)
         if mean is None or count is None:
-            self._mean, self._norm = first, _ = torch.where(finite, value, 0.0), None
-            self._count = finite.to(value.dtype)
-            return first
+            return self._keep(torch.where(finite, value, 0.0), finite.to(value.dtype))
         if growth < math.inf:
             # No bound where the mean is zero: x / 0 and 0 / 0 are 1.
             value = value / (size / (growth * self.norm())).nan_to_num(1.0, 1.0).clamp_min(1.0)
-        self._count = torch.where(finite, torch.rsub(count, 1.0, alpha=-decay), count)
+        count = torch.where(finite, torch.rsub(count, 1.0, alpha=-decay), count)
         # Before anything finite has come the count is 0 and the value is dropped: any share will do.
-        mean = torch.where(finite, torch.lerp(mean, value, self._count.reciprocal()), mean)
-        self._mean, self._norm = mean, None
+        return self._keep(torch.where(finite, torch.lerp(mean, value, count.reciprocal()), mean), count)
+
+    def _keep(self, mean: Tensor, count: Tensor) -> Tensor:
+        """For the next step; returns the mean, which no later step changes."""
+        self._mean, self._norm = carried(self._mean, mean, self._in_place), None
+        self._count = carried(self._count, count, self._in_place)
         return mean
 
     def norm(self) -> Tensor:
@@ -82,11 +89,14 @@ class RunningMean:
             return {}
         if self._weight is not None:  # nothing has come since it was loaded
             return {"total": self._mean * self._weight, "weight": self._weight}
+        if self._in_place and self._count is not None:
+            return {"mean": self._mean.clone(), "count": self._count.clone()}
         return {"mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, in this version or before the count was kept."""
         self._mean, self._count, self._weight, self._norm = state.get("mean"), state.get("count"), None, None
+        self._in_place = False
         if "total" in state:
             self._weight = state["weight"]
             self._mean = state["total"] / state["weight"].clamp_min(torch.finfo(state["total"].dtype).tiny)

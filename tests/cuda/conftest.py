@@ -1,0 +1,11 @@
+"""What others warn of on a device (deprecated names, cuBLAS without a context) is shown; ours are errors."""
+
+from __future__ import annotations
+
+import pytest
+
+_FILTERS = ("default", "ignore:`isinstance.treespec", "error:newton_plugin", "error:NewtonLosses")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.filterwarnings(*_FILTERS))
