@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from benchmarks.evidence.images import Part, digit_images
-from benchmarks.evidence.problems import Batches, RowsLoss
+from benchmarks.evidence.problems import LEFT_OUT_OF_OTHER_IMAGES, Batches, RowsLoss
 from torch import Tensor, nn
 
 __all__ = ["Classification", "classification_problems"]
@@ -82,7 +82,8 @@ def classification_problems(folder: str | None) -> list[Classification]:
         for model in MODELS
         for o in ("adam", "sgd")
     ]
-    more = {"model": "two layers", "optimizer": "adam", "folder": folder, "table": "more"}
+    more: dict = {"model": "two layers", "optimizer": "adam", "folder": folder, "table": "more"}
+    more |= {} if folder is None else {"without": ("plain, textbook", *LEFT_OUT_OF_OTHER_IMAGES)}
     problems.append(Classification("wrong_labels", "classes, 30 % random labels", random_labels=0.3, **more))
     problems.append(Classification("batch_4", "classes, batches of 4", batch=4, **more))
     return problems

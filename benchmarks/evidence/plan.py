@@ -94,10 +94,10 @@ def sharpness(problem: Problem, data: str, scale: str, done: Done) -> float | No
 
 
 def tuning_runs(problem: Problem, arm: str, sharp: float | None, data: str, scale: str) -> list[Run]:
-    """Six configurations on three seeds."""
+    """Every configuration on three seeds."""
     return [
         _run(problem, arm, rate, second, sharp, seed, "tune", data, scale)
-        for rate, second in configurations(ARMS[arm], problem.optimizer)
+        for rate, second in configurations(ARMS[arm], problem.optimizer, data)
         for seed in TUNING_SEEDS
     ]
 

@@ -8,7 +8,10 @@ from typing import Literal, Protocol
 from benchmarks.evidence.images import Part
 from torch import Tensor, nn
 
-__all__ = ["Batches", "Problem", "RowsLoss"]
+__all__ = ["LEFT_OUT_OF_OTHER_IMAGES", "Batches", "Problem", "RowsLoss"]
+
+LEFT_OUT_OF_OTHER_IMAGES = ("short memory", "Fisher, fixed", "Hessian", "Hessian, fixed", "Hessian per sample")
+"""Arms of the table ``more`` that are run on scikit-learn's digits only (protocol, amendment 11)."""
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 RowsLoss = Callable[[Tensor, Tensor], Tensor]

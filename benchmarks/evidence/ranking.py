@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from benchmarks.evidence.images import Part
 from benchmarks.evidence.number_lists import NumberLists
-from benchmarks.evidence.problems import Batches, RowsLoss
+from benchmarks.evidence.problems import LEFT_OUT_OF_OTHER_IMAGES, Batches, RowsLoss
 from torch import Tensor, nn
 
 from newton_plugin.algorithms import RankingLoss, SortingNetwork, neural_sort, soft_sort
@@ -149,6 +149,7 @@ def ranking_problems(scale: str, folder: str | None, device: str = "cpu") -> lis
     ]
     if scale == "cpu":
         single: dict = {"digits": 1, "folder": folder, "device": device, "table": "more", "method": "neural_sort"}
+        single |= {} if folder is None else {"without": LEFT_OUT_OF_OTHER_IMAGES}
         problems += [
             Ranking("single_sharp", "NeuralSort .01, n = 5, single digits", n=5, sharpnesses=(0.01,), **single),
             Ranking("single_10", "NeuralSort .1, n = 10, single digits", n=10, sharpnesses=(0.1,), **single),

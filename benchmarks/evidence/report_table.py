@@ -9,7 +9,7 @@ from benchmarks.evidence.arms import ARMS, BASELINE, configurations
 from benchmarks.evidence.bilevel_lists import BilevelLists
 from benchmarks.evidence.markdown import difference, lines, number, spread
 from benchmarks.evidence.paired import Comparison, compare, holm
-from benchmarks.evidence.plan import Done
+from benchmarks.evidence.plan import Done, best_run
 from benchmarks.evidence.problems import Problem
 from benchmarks.evidence.runs import REPORT_SEEDS, Run
 
@@ -43,8 +43,11 @@ class _Table:
         self.names = [name for name, problem in every.items() if problem.table == table]
         self.cells: dict[tuple[str, str], dict[int, Row]] = {}
         self.run: dict[tuple[str, str], Run] = {}
-        for run, row in done.items():
-            if run.purpose == "report" and run.problem in self.names:
+        table_lines = {run: row for run, row in done.items() if run.problem in self.names}
+        overtaken = _overtaken(table_lines, every)
+        for run, row in table_lines.items():
+            configuration = (run.problem, run.arm, run.learning_rate, run.second)
+            if run.purpose == "report" and configuration not in overtaken:
                 self.cells.setdefault((run.problem, run.arm), {})[run.seed] = row
                 self.run[run.problem, run.arm] = run
         self.names = [name for name in self.names if (name, BASELINE) in self.cells]
@@ -82,11 +85,38 @@ class _Table:
     def at_edge(self, name: str, arm: str) -> bool:
         """Whether a chosen number is the first or last of its grid."""
         run = self.run[name, arm]
-        problem = self.every[name]
-        grid = problem.grid if isinstance(problem, BilevelLists) else configurations(ARMS[arm], problem.optimizer)
+        grid = _grid(self.every[name], arm, run.data)
         rates = sorted({rate for rate, _ in grid})
         seconds = sorted({second for _, second in grid if second is not None})
         return run.learning_rate in (rates[0], rates[-1]) or run.second in (*seconds[:1], *seconds[-1:])
+
+
+def _grid(problem: Problem, arm: str, data: str) -> list[tuple[float, float | None]]:
+    return problem.grid if isinstance(problem, BilevelLists) else configurations(ARMS[arm], problem.optimizer, data)
+
+
+def _overtaken(done: Done, every: Mapping[str, Problem]) -> set[tuple]:
+    """(problem, arm, rate, second) that were reported, and then a grid had become larger and tuning chose another."""
+    tuned: dict[tuple[str, str], list[Run]] = {}
+    reported = {}
+    for run in done:
+        if run.purpose == "report":
+            reported[run.problem, run.arm, run.learning_rate, run.second] = run
+        elif run.purpose == "tune":
+            tuned.setdefault((run.problem, run.arm), []).append(run)
+    found = set()
+    for (name, arm, *configuration), run in reported.items():
+        grid = _grid(every[name], arm, run.data)
+        runs = [
+            other
+            for other in tuned.get((name, arm), [])
+            if other.sharpness == run.sharpness and (other.learning_rate, other.second) in grid
+        ]
+        if runs:  # nobody tunes in a test
+            best = best_run(runs, done)
+            if [best.learning_rate, best.second] != configuration:
+                found.add((name, arm, *configuration))
+    return found
 
 
 def report_table(table: str, done: Done, every: Mapping[str, Problem]) -> str:

@@ -15,6 +15,7 @@ from benchmarks.evidence import plan
 from benchmarks.evidence.arms import ARMS, BASELINE, configurations
 from benchmarks.evidence.images import digit_images
 from benchmarks.evidence.registry import problems
+from benchmarks.evidence.report_table import report_table
 from benchmarks.evidence.runs import REPORT_SEEDS, SEARCH_SEEDS, TUNING_SEEDS, Lines, Run
 from benchmarks.evidence.tables import _shortcuts, write_tables
 
@@ -73,6 +74,10 @@ def test_groups_of_seeds_have_nothing_in_common() -> None:
 def test_every_arm_has_the_same_budget(optimizer: str) -> None:
     for name, arm in ARMS.items():
         assert len(set(configurations(arm, optimizer))) == 6, name
+        # Other images: two more rates below, and half a rate more for who has a second number.
+        more = set(configurations(arm, optimizer, "mnist"))
+        assert len(more) == (9 if arm.second else 8), name
+        assert more > set(configurations(arm, optimizer))
 
 
 def test_tuning_chooses_the_best_mean_and_counts_a_lost_run_as_zero() -> None:
@@ -146,3 +151,17 @@ def test_who_knows_nothing_solves_no_map() -> None:
     said = _shortcuts("paths", problems())
     assert "constant costs: 0.0" in said
     assert _shortcuts("ranking", problems()) == ""
+
+
+def test_what_a_larger_grid_has_overtaken_is_not_in_the_table() -> None:
+    problem, made = problems()["linear_adam"], {"newton_plugin": "0", "commit": "c", "torch": "2", "kept": 0}
+    done = {}
+    for run in plan.tuning_runs(problem, BASELINE, None, "mnist", "cpu"):
+        done[run] = {"curve": [[1.0, float(run.learning_rate == 2e-4)]], "finite": True, **made}
+    for rate, value in ((1e-3, 50.0), (2e-4, 60.0), (1e-3, 50.0)):  # whichever line comes last
+        first = replace(next(iter(done)), purpose="report", learning_rate=rate)
+        for run in plan.report_runs(problem, first, "mnist", "cpu"):
+            done[run] = {"curve": [[1.0, 0.0, value]] * 2, "finite": True, **made}
+    text = report_table("no_harm", done, problems())
+    assert "| 60.0 ± 0.0 |" in text
+    assert "50.0" not in text
