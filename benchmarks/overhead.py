@@ -2,13 +2,15 @@
 
     python -m benchmarks.overhead                 # every task, about fifteen minutes
     python -m benchmarks.overhead --only "sorting images" --seconds 10
+    python -m benchmarks.overhead --table         # no measuring: Markdown from the rows that there are
 
 For every task and every curvature: the median ratio to the plain step taken right before (one round each, so that a
 busy machine slows both), its quartiles, and what the step costs more in units of one gradient (loss forward and
 backward to the outputs, without the network). Setup (the first three rounds) is left out. The peer is the plain step:
 no published package computes Newton Losses; :mod:`benchmarks.large_outputs` has those that compute parts of it.
 
-Where CUDA is available, times are those of CUDA events, and one profiled step tells how often the host waits in it.
+Where CUDA is available, times are those of CUDA events, and the results are overhead_cuda.json and overhead_cuda.md.
+Whether the host waits for the device is no matter of measuring: tests/cuda/test_waiting.py.
 Results: benchmarks/results/overhead.json and overhead.md.
 """
 
@@ -183,14 +185,6 @@ def one_gradient(task: Task) -> Callable[[], None]:
     return lambda: torch.autograd.grad(task.loss(y), y)[0].sum()
 
 
-def waits(step: Callable[[], None]) -> int:
-    """How often the host waits for the device in one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-        step()
-    names = ("cudaStreamSynchronize", "aten::_local_scalar_dense", "cudaDeviceSynchronize")
-    return sum(e.count for e in profiled.key_averages() if e.key in names)
-
-
 def measure(task: Task, budget: float) -> tuple[dict[str, list[float]], list[str]]:
     """Seconds of every round of every arm that can be had, and what failed."""
     arms = {"plain": training_step(task, None), "one gradient": one_gradient(task)}
@@ -214,10 +208,7 @@ def measure(task: Task, budget: float) -> tuple[dict[str, list[float]], list[str
     while not enough():
         for name, step in arms.items():
             seconds[name].append(seconds_of(step))
-    report = {name: values[WARM_UP:] for name, values in seconds.items()}
-    if DEVICE.type == "cuda":
-        failed += [f"{name}: the host waits {waits(step)} times" for name, step in arms.items()]
-    return report, failed
+    return {name: values[WARM_UP:] for name, values in seconds.items()}, failed
 
 
 def main() -> None:
@@ -226,10 +217,16 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=15.0, help="for each task; up to four times as long for 15 rounds, at least 5"
     )
+    parser.add_argument("--table", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        for path in sorted(RESULTS.glob("overhead*.json")):
+            write_table(path)
+        return
     path = RESULTS / f"overhead{'_cuda' if DEVICE.type == 'cuda' else ''}.json"
     report: dict[str, Any] = json.loads(path.read_text()) if arguments.only and path.exists() else {"rows": []}
     report |= {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
+    report["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     for title, task in tasks().items():
         if arguments.only not in title:
             continue
@@ -254,10 +251,17 @@ def main() -> None:
         report["rows"] = [r for r in report.get("rows", []) if r["task"] != title] + rows
         report.setdefault("notes", {})[title] = notes
         path.write_text(json.dumps(report, indent=1) + "\n")
+    write_table(path)
+
+
+def write_table(path: Path) -> None:
+    """The Markdown beside a file of rows."""
+    report = json.loads(path.read_text())
     notes = [f"* {title}: {note}" for title, found in report.get("notes", {}).items() for note in found]
     order = {title: k for k, title in enumerate(tasks())}
-    report["rows"].sort(key=lambda row: order.get(row["task"], len(order)))
-    path.with_suffix(".md").write_text(markdown(report["rows"]) + "\n\n" + "\n".join(notes) + "\n")
+    rows = sorted(report["rows"], key=lambda row: order.get(row["task"], len(order)))
+    made = f"torch {report['torch']}, {report['device']}, {report['threads']} thread(s)"
+    path.with_suffix(".md").write_text(f"{markdown(rows)}\n\n{made}.\n\n" + "\n".join(notes) + "\n")
 
 
 if __name__ == "__main__":
