@@ -8,6 +8,7 @@
     python -m benchmarks.evidence fixed --scale paper --data-dir DIR --device cuda --steps 3000 --problems neural_sort_5
                                                                 # given learning rates, no tuning: the paper's scale
     python -m benchmarks.evidence why                           # signal and noise, a minute
+    python -m benchmarks.evidence fields                        # gradients and steps as arrows, seconds
     python -m benchmarks.evidence tables                        # no training: Markdown from the lines
 
 Interrupt it and start it again as you like; ``--share 1/2`` and ``--share 2/2`` split the work over two processes.
@@ -26,6 +27,7 @@ from benchmarks.evidence import plan
 from benchmarks.evidence.arms import ARMS, CANDIDATES
 from benchmarks.evidence.damping import DAMPED, damping_groups
 from benchmarks.evidence.damping import PROBLEMS as DAMPING_PROBLEMS
+from benchmarks.evidence.fields import write_fields
 from benchmarks.evidence.fixed import FIXED_ARMS, fixed_groups
 from benchmarks.evidence.mechanism import append_mechanism
 from benchmarks.evidence.problems import Problem
@@ -40,7 +42,9 @@ RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "tune", "report", "damping", "fixed", "time", "why", "tables"])
+    parser.add_argument(
+        "what", choices=["search", "tune", "report", "damping", "fixed", "time", "why", "fields", "tables"]
+    )
     parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more, beyond")
     parser.add_argument("--problems", nargs="+", help="some problems by name")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *CANDIDATES], metavar="ARM", help="some arms by name")
@@ -62,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         every = {name: replace(problem, steps=options.steps) for name, problem in every.items()}
     if options.what == "tables":
         write_tables(options.out, every)
+        return
+    if options.what == "fields":
+        print(*write_fields(options.out), sep="\n")
         return
     if options.what == "time":
         for name in options.problems or [name for name, p in every.items() if p.table == (options.table or p.table)]:
