@@ -22,6 +22,7 @@ is had exactly by the running mean of Y.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from newton_plugin._solve import Inverse
 __all__ = ["RANK", "Sketch", "probes_for", "random_signs", "sketch", "sketch_of_rows"]
 
 RANK = 16  # of the low-rank part; twice as many probes
+
+_MOST_PROBES = 4
+_PROBES: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,34 @@ class Sketch:
 
 
 def random_signs(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
-    """+1 and -1, the same at every call; the user's random state is not touched."""
+    """+1 and -1, the same at every call on one kind of device; the user's random state is not touched."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randint(2, shape, generator=generator, device=like.device).to(like).mul_(2).sub_(1)
 
 
 def probes_for(like: Tensor, rank: int = RANK) -> Tensor:
-    """W, (2 rank, m), for rows of m features."""
-    return random_signs((2 * rank, like.shape[-1]), like)
+    """W, (2 rank, m), for rows of m features; not to be written into.
+
+    Drawn on the CPU whatever the device, for Y is kept from step to step and in checkpoints, and two devices draw two W
+    from one seed. Kept, so that no step waits for the copy.
+    """
+    key = (2 * rank, like.shape[-1], like.dtype, like.device)
+    if type(like) is not Tensor:  # of a tracer, whose tensors are not for others
+        return _draw(*key)
+    probes = _PROBES.get(key)
+    if probes is None:
+        probes = _draw(*key)
+        functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
+        if type(probes) is Tensor and not functorch.is_functorch_wrapped_tensor(probes):
+            while len(_PROBES) >= _MOST_PROBES:
+                del _PROBES[next(iter(_PROBES))]  # the oldest
+            _PROBES[key] = probes
+    return probes
+
+
+def _draw(count: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or no later step could differentiate through them
+        return random_signs((count, m), torch.empty(0, dtype=dtype, device="cpu")).to(device)
 
 
 def sketch(probes: Tensor, products: Tensor) -> Sketch:

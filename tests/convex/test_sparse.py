@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,15 @@ def test_messages() -> None:
         solve_qp(Q.to_sparse(), p, solver=lambda *data: None)
     with pytest.raises(ArgumentError, match="no dense Jacobian"):
         solve_qp(Q.to_sparse(), p).jacobian("p")
+
+
+@pytest.mark.parametrize("name", "QpAbGh")
+def test_every_argument_has_to_be_on_the_cpu(name: str) -> None:
+    data = dict(zip("QpAbGh", known_qp(6, 1, 8, active=0.4, seed=3).data, strict=True))
+    data.update({matrix: sparse(data[matrix], "coo") for matrix in "QAG"})
+    elsewhere: Any = {**data, name: data[name].to("meta")}  # type: ignore[union-attr]
+    with pytest.raises(ArgumentError, match=rf"solved on the CPU; got {name} on meta\. Move the data with \.cpu"):
+        solve_qp(**elsewhere)
 
 
 def test_without_any_solver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import newton_plugin as npl
+from newton_plugin import _sketch
 from newton_plugin._krylov import KrylovOptions, lockstep_power
 from newton_plugin._sample_hessians import DiagonalRankOne, SampleHessians
 from newton_plugin._sketch import Sketch, probes_for, sketch, sketch_of_rows
@@ -155,6 +156,33 @@ def test_wide_per_sample_hessians_of_a_loss(power: float) -> None:
         taken = npl.newton_step(hard_loss, y, curvature=curvature, damping=0.5)
         assert taken.curvature is None
         assert twins.relative_error(taken.step, theirs) <= error
+
+
+def test_probes_are_those_of_the_cpu_and_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any device: what is asked of the device of the tensor is a copy (here to "meta", which has no numbers)."""
+    drawn: list[torch.device] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        drawn.append(kwargs["generator"].device)
+        return randint(*args, **kwargs)
+
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", spy)
+    monkeypatch.setattr(_sketch, "_PROBES", {})
+    like = torch.zeros(2, 90, dtype=torch.float64)
+    with torch.inference_mode():
+        w = probes_for(like)
+    assert not w.is_inference()
+    assert torch.equal(w, _sketch.random_signs((32, 90), like)), "the numbers of the CPU's generator"
+    assert probes_for(like[:1]) is w
+    other = probes_for(like.to("meta"))
+    assert other.device.type == "meta"
+    assert other is probes_for(like.to("meta"))
+    assert drawn == [torch.device("cpu")] * 3
+    for m in range(300, 320):
+        assert probes_for(like.new_zeros(m)).shape == (32, m)
+        assert len(_sketch._PROBES) <= 4
+    assert torch.equal(probes_for(like), w), "drawn anew, the same"
 
 
 @pytest.mark.parametrize("rank", [0, 1, 7, 16])

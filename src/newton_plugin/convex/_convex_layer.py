@@ -48,14 +48,15 @@ class ConvexLayer(torch.nn.Module):
             or None. A second-order cone is one entry: ``norm(A @ x + b) - (c @ x + d)``.
         variables: n, the length of x.
         solver: None (the built-in interior-point method) or a callable ``theta -> (x, nu, lam)`` for one theta;
-            its answer is polished and checked, so moderate accuracy will do.
+            its answer is polished and checked, its active rows included, so moderate accuracy will do.
         start: (n,), where the built-in method begins; not a point where a norm of the program has its kink.
         on_failure: ``"raise"``, ``"warn"`` or ``"nan"``, as for :func:`solve_qp`.
 
     Call it with theta: a tensor, or a tuple, list or dict of tensors; it gives x (n,). For a batch say which
     dimension of theta is the batch, as for ``torch.vmap``: ``layer(theta, in_dims=0)`` gives x (B, n);
     ``layer.solve(theta, in_dims)`` gives the multipliers too. First and second derivatives are exact.
-    float32 in gives float32 out; the functions are called with float64.
+    float32 in gives float32 out; the functions are called with float64. On the boundary, where a row has slack and
+    multiplier zero, x has a kink: the row counts as inactive, and the derivative is that of theta moving x inwards.
 
     Raises:
         ProblemFailedError: no solution, or not convex where that shows, with ``on_failure="raise"``.
@@ -70,6 +71,8 @@ class ConvexLayer(torch.nn.Module):
     ... )
     >>> [round(v, 6) for v in layer(torch.tensor([3.0, 4.0])).tolist()]
     [0.6, 0.8]
+    >>> [round(v, 6) for v in layer(torch.tensor([0.3, 0.1])).tolist()]  # inside
+    [0.3, 0.1]
     """
 
     def __init__(

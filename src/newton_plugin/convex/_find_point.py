@@ -13,12 +13,11 @@ from torch.utils import _pytree as pytree
 from newton_plugin._errors import ArgumentTypeError, ShapeError
 from newton_plugin.convex._interior_point import interior_point
 from newton_plugin.convex._kkt import flatten_mapped
-from newton_plugin.convex._program import Derivatives, Program
-from newton_plugin.convex._status import Status, report_failures, warn_not_unique
+from newton_plugin.convex._polish import Answer, polish
+from newton_plugin.convex._program import Program
+from newton_plugin.convex._status import report_failures, warn_not_unique
 
 __all__ = ["FindPoint", "Request"]
-
-_TIGHT = 1e-9
 
 
 class Settings(Protocol):
@@ -108,27 +107,9 @@ def _find(request: Request, leaves: tuple[Tensor, ...], batch: int) -> tuple[Ten
         x, nu, lam = _ask(layer, program, leaves, dims, batch)
         slack = -program.values(x, leaves, dims)[2]
         status = torch.zeros(batch, dtype=torch.long, device=device)
-    d = program.derivatives(x, nu, lam, leaves, dims)
-    # Active: the multiplier, in units of the gradient, exceeds the slack, in units of x.
-    length = torch.linalg.vector_norm(d.G, dim=-1).clamp(min=1e-300)
-    force = lam * length
-    scale = torch.linalg.vector_norm(d.gradient, dim=-1, keepdim=True) + force.sum(-1, keepdim=True)
-    force = force / scale.clamp(min=1e-300)
-    room = slack.clamp(min=0) / length / (1 + torch.linalg.vector_norm(x, dim=-1, keepdim=True))
-    active = force > room
-    u = torch.cat((x, nu, lam * active), -1)
     m = nu.shape[-1]
-    inverse, unique = _inverse(program, u, leaves, dims, active, (n, m))
-    for _ in range(8):
-        residual = torch.vmap(
-            lambda u, active, *leaves: program.residual(u, leaves, active, (n, m)), in_dims=(0, 0, *dims)
-        )(u, active, *leaves)
-        if bool((residual.abs().amax(-1) <= 1e-13 * (1 + u.abs().amax(-1))).all()):
-            break
-        u = u - (inverse @ residual.unsqueeze(-1)).squeeze(-1)
-        inverse, unique = _inverse(program, u, leaves, dims, active, (n, m))
-    d = program.derivatives(u[:, :n], u[:, n : n + m], u[:, n + m :], leaves, dims)
-    status = torch.where(status == 0, _check(d, u, active, n, m), status)
+    answer = Answer(program, leaves, dims, (n, m), torch.cat((x, nu, lam), -1), slack, status)
+    u, active, inverse, unique, status = polish(answer)[:5]
     if layer.on_failure != "nan":
         report_failures(status, layer.on_failure, request.shape)
     if not bool((unique | (status != 0)).all()):
@@ -160,50 +141,3 @@ def _ask(
             f"got {tuple(nu.shape[1:])} and {tuple(lam.shape[1:])}."
         )
     return x, nu, lam
-
-
-def _inverse(
-    program: Program,
-    u: Tensor,
-    leaves: tuple[Tensor, ...],
-    dims: tuple[int | None, ...],
-    active: Tensor,
-    sizes: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    """K^-1 with K = dF/du, (B, n + m + k, n + m + k); the pseudo-inverse where K is singular; whether it is not."""
-    n, m = sizes
-    d = program.derivatives(u[:, :n], u[:, n : n + m], u[:, n + m :], leaves, dims)
-    k = active.shape[-1]
-    K = u.new_zeros(len(u), n + m + k, n + m + k)
-    K[:, :n, :n], K[:, :n, n : n + m], K[:, :n, n + m :] = d.P, d.E.mT, d.G.mT
-    K[:, n : n + m, :n] = d.E
-    K[:, n + m :, :n] = d.G * active.unsqueeze(-1)
-    K.diagonal(dim1=-2, dim2=-1)[:, n + m :] = (~active).to(K.dtype)
-    K = torch.where(torch.isfinite(K).all(-1).all(-1)[:, None, None], K, torch.eye(n + m + k).to(K))
-    scale = K.abs().amax((-2, -1), keepdim=True)
-    values = torch.linalg.svdvals(K / scale)
-    regular = values[:, -1] > 1e-12 * values[:, 0]
-    inverse = torch.linalg.inv_ex(K).inverse
-    if not bool(regular.all()):
-        inverse = torch.where(regular[:, None, None], inverse, torch.linalg.pinv(K, rtol=1e-12))
-    return inverse, regular
-
-
-def _check(d: Derivatives, u: Tensor, active: Tensor, n: int, m: int) -> Tensor:
-    """Status of the polished points: the optimality conditions, and convexity where it shows."""
-    x, nu, lam = u[:, :n], u[:, n : n + m], u[:, n + m :]
-
-    def norm(v: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(v, dim=-1)
-
-    pull, push = (d.E.mT @ nu.unsqueeze(-1)).squeeze(-1), (d.G.mT @ lam.unsqueeze(-1)).squeeze(-1)
-    size = 1 + torch.stack([norm(d.gradient), norm(pull), norm(push)]).amax(0)
-    good = norm(d.gradient + pull + push) <= _TIGHT * size
-    reach = (1 + norm(x)).unsqueeze(-1)
-    good &= (d.e.abs() <= _TIGHT * reach * (1 + norm(d.E))).all(-1)
-    good &= (d.g <= _TIGHT * reach * (1 + norm(d.G))).all(-1) & (lam >= -_TIGHT * size.unsqueeze(-1)).all(-1)
-    status = torch.where(good, int(Status.SOLVED), int(Status.NOT_CONVERGED))
-    P = torch.where(torch.isfinite(d.P), d.P, 0.0)
-    values = torch.linalg.eigvalsh(0.5 * (P + P.mT))
-    bent = values[:, 0] < -1e-8 * (1 + values.abs().amax(-1))
-    return torch.where(bent, int(Status.NON_CONVEX), status)

@@ -8,13 +8,15 @@ mu; mu goes to zero as they come to hold. Each round eliminates the slacks and s
 
 The step stops short of the boundary and is halved until the merit function ``f - mu sum log s + rho |(e, g + s)|_1``
 falls, for which the direction is one of descent. No feasible start is needed. Each problem of the batch has its
-own mu, rho and step length.
+own mu, rho and step length. The objective is divided by the size of its derivatives at the start, for mu, rho and
+the tolerance are numbers that suit one of size 1.
 
 Source: Nocedal and Wright, Numerical Optimization, second edition, algorithm 19.2.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -48,13 +50,22 @@ def interior_point(
 ) -> tuple[Point, Tensor]:
     """The solution to about ``tolerance``, and a status (B,); start (B, n)."""
     _, e, g = program.values(start, leaves, dims)
+    first = program.derivatives(start, torch.zeros_like(e), torch.zeros_like(g), leaves, dims)
+    unit = torch.maximum(_norm(first.gradient), first.P.abs().amax((-2, -1))).unsqueeze(-1)
+    unit = torch.where(torch.isfinite(unit) & (unit > 0), unit, 1.0)
+
+    def derivatives(point: Point) -> Derivatives:
+        d = program.derivatives(point.x, unit * point.nu, unit * point.lam, leaves, dims)
+        f, P = d.f / unit.squeeze(-1), d.P / unit.unsqueeze(-1)
+        return dataclasses.replace(d, f=f, gradient=d.gradient / unit, P=P)
+
     ones = torch.ones_like(g)
     point = Point(start, torch.zeros_like(e), ones, torch.maximum(-g, ones))
     mu = torch.ones_like(start[:, :1])
     rho = torch.ones_like(mu)
     least = 0.1 * tolerance
     for _ in range(rounds):
-        d = program.derivatives(*point[:3], leaves, dims)
+        d = derivatives(point)
         done = (_error(d, point, torch.zeros_like(mu)) <= tolerance).squeeze(-1)
         done |= _norm(torch.cat((point.x, point.nu, point.lam), -1)) > _DIVERGED
         if bool(done.all()):
@@ -75,7 +86,9 @@ def interior_point(
         for _ in range(40):
             x, slack = point.x + length * step.x, point.slack + length * step.slack
             f, e, g = program.values(x, leaves, dims)
-            merit = f.unsqueeze(-1) - mu * slack.log().sum(-1, keepdim=True) + rho * (_norm1(e) + _norm1(g + slack))
+            merit = (
+                f.unsqueeze(-1) / unit - mu * slack.log().sum(-1, keepdim=True) + rho * (_norm1(e) + _norm1(g + slack))
+            )
             worse = ~(merit <= base + 1e-4 * length * slope + 1e-12 * (1 + base.abs()))
             if not bool(worse.any()):
                 break
@@ -89,9 +102,10 @@ def interior_point(
             torch.where(frozen, point.lam, point.lam + dual * step.lam),
             slack,
         )
-    d = program.derivatives(*point[:3], leaves, dims)
+    d = derivatives(point)
     done = (_error(d, point, torch.zeros_like(mu)) <= 100 * tolerance).squeeze(-1)
-    return point, torch.where(done, int(Status.SOLVED), _diagnose(d, point))
+    status = torch.where(done, int(Status.SOLVED), _diagnose(d, point))
+    return point._replace(nu=unit * point.nu, lam=unit * point.lam), status
 
 
 def _error(d: Derivatives, point: Point, mu: Tensor) -> Tensor:

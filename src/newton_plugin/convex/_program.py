@@ -62,6 +62,11 @@ class Program:
     def g(self, x: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
         return self._rows(self.inequality, x, leaves)
 
+    def _g_if(self, some: Tensor, x: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
+        """g; a constant unless ``some``, for zero times the infinite curvature of a norm at its centre is NaN."""
+        x, *rest = (torch.where(some, t, t.detach()) if t.is_floating_point() else t for t in (x, *leaves))
+        return self.g(x, tuple(rest))
+
     def _rows(self, fn: Fn | None, x: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
         return x[:0] if fn is None else fn(x, self._theta(leaves)).reshape(-1)
 
@@ -75,11 +80,12 @@ class Program:
         """
         n, m = sizes
         x, nu, lam = u[:n], u[n : n + m], u[n + m :]
+        some = active.any()
 
         def lagrangian(x: Tensor) -> Tensor:
-            return self.f(x, leaves) + (nu * self.e(x, leaves)).sum() + (lam * self.g(x, leaves)).sum()
+            return self.f(x, leaves) + (nu * self.e(x, leaves)).sum() + (lam * self._g_if(some, x, leaves)).sum()
 
-        rows = torch.where(active, self.g(x, leaves), lam)
+        rows = torch.where(active, self._g_if(some, x, leaves), lam)
         return torch.cat((torch.func.grad(lagrangian)(x), self.e(x, leaves), rows))
 
     def derivatives(
@@ -88,8 +94,10 @@ class Program:
         """Everything at B points x (B, n)."""
 
         def one(x: Tensor, nu: Tensor, lam: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+            some = (lam != 0).any()
+
             def lagrangian(x: Tensor) -> Tensor:
-                return self.f(x, leaves) + (nu * self.e(x, leaves)).sum() + (lam * self.g(x, leaves)).sum()
+                return self.f(x, leaves) + (nu * self.e(x, leaves)).sum() + (lam * self._g_if(some, x, leaves)).sum()
 
             gradient, f = torch.func.grad_and_value(self.f)(x, leaves)
             return (

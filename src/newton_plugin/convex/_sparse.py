@@ -39,8 +39,10 @@ def solve_sparse(
     on_failure: str,
 ) -> QPSolution:
     """As :func:`solve_qp`; arguments checked for presence and type there."""
-    if p.device.type != "cpu":
-        raise ArgumentError(f"sparse problems are solved on the CPU; got device {p.device}. Move the data with .cpu().")
+    given = {name: t for name, t in zip("QpAbGh", (Q, p, A, b, G, h), strict=True) if isinstance(t, Tensor)}
+    away = [f"{name} on {t.device}" for name, t in given.items() if t.device.type != "cpu"]
+    if away:
+        raise ArgumentError(f"sparse problems are solved on the CPU; got {', '.join(away)}. Move the data with .cpu().")
     n, m = p.shape[-1], 0 if b is None else b.shape[-1]
     k = 0 if h is None else h.shape[-1]
     dtype = p.dtype
