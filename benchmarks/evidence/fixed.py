@@ -67,7 +67,7 @@ def fixed_table(done: plan.Done, every: Mapping[str, Problem]) -> str:
     )
     parts = [
         "# Evidence: the paper's scale, reduced",
-        "Made by `python -m benchmarks.evidence tables --scale paper` from evidence/ranking_paper.jsonl: numbers of "
+        "Made by `python -m benchmarks.evidence tables` from evidence/ranking_paper.jsonl: numbers of "
         "four digits from MNIST, the paper's CNN, batches of 100 lists, Adam with a cosine to zero; far fewer steps "
         "than the paper's 100,000, few seeds, **no tuning and no test of significance**. Lists of the test images "
         "ranked fully right, per cent: mean (smallest to largest seed); then the difference to plain, stable at the "

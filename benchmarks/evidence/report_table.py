@@ -125,8 +125,12 @@ def report_table(table: str, done: Done, every: Mapping[str, Problem]) -> str:
     rows = [row for cell in t.cells.values() for row in cell.values()]
     versions = sorted({f"newton_plugin {r['newton_plugin']} ({r['commit']}), torch {r['torch']}" for r in rows})
     whole = " **Unfinished: " + "; ".join(t.unfinished()) + ".**" if t.unfinished() else ""
+    images = sorted({run.data for run in t.run.values()} - {"digits"})
+    longer = sorted({run.steps for run in t.run.values()} - {every[run.problem].steps for run in t.run.values()})
     parts = [
-        f"# Evidence: {table}",
+        f"# Evidence: {table}"
+        + "".join(f", images of {name}" for name in images)
+        + "".join(f", {k} steps" for k in longer),
         f"Made by `python -m benchmarks.evidence tables` from evidence/{table}.jsonl, by "
         "[the protocol](../PROTOCOL.md). Test data, per cent; differences to plain, stable, paired by seed, with "
         "bootstrap 95 % intervals; bold: p < .05 after Holm over all comparisons of the outcome (exact sign flips)."
