@@ -71,8 +71,10 @@ class CurvatureStep:
             it is. None: not looked for.
         agreed: whether ``finite`` is the same on all ranks and covers all their gradients, so that they need not ask
             one another again. A sum of squares over the ranks does: one NaN among the gradients is in it.
-        inner: ``g_i' step_i`` or multiples of it, one number a sample, where they are at hand: finite only if all
-            gradients and steps are.
+        inner: what is at hand and finite only if all gradients and steps are (the gradients need not count where
+            ``finite`` and ``agreed`` cover them): ``g_i' step_i`` or multiples, one number a sample; the steps; or one
+            number without dimensions, not negative. None: worked out from the rows.
+        bounded: known of this curvature and damping: where C is finite, all gradients and steps are.
         sizes: ``sum |g_i|^2`` and ``sum |step_i|^2`` for people, computed only when called; None: from the rows.
         fine: whether the step is to be taken, and not the gradient; the rule that asked sets it.
     """
@@ -86,6 +88,7 @@ class CurvatureStep:
     finite: Tensor | None = None
     agreed: bool = False
     inner: Tensor | None = None
+    bounded: bool = False
     sizes: Callable[[], tuple[Tensor, Tensor]] | None = None
     fine: Tensor | None = None
 

@@ -18,7 +18,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positi
 from newton_plugin._running import RunningMean
 from newton_plugin._solve import working_dtype
 
-__all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "damping_for", "resolve_damping"]
+__all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "damping_for", "relative_damping", "resolve_damping"]
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
 _SLOW_DECAY = 0.999
@@ -121,13 +121,14 @@ class AutoDamping:
             _check_range("growth", growth, 1, math.inf),
             _check_range("own", own, 0, math.inf),
         )
-        self._slow = RunningMean()
+        self._slow = RunningMean(nonnegative=True)
 
-    def value(self, scale: Tensor) -> Tensor:
+    def value(self, scale: Tensor, finite: bool = False) -> Tensor:
+        """See :meth:`Damping.value`; ``finite``: the scale is known to be, which saves operations."""
         if self.averaging.decay and self.floor:
-            scale = torch.maximum(scale, self.floor * self._slow.update(scale, _SLOW_DECAY))
-        # The tiny floor only keeps 0 / 0 out where every gradient so far was exactly zero.
-        return (self.ratio * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+            update = self._slow.update_finite if finite else self._slow.update
+            scale = torch.maximum(scale, self.floor * update(scale, _SLOW_DECAY))
+        return relative_damping(scale, self.ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """The slow mean of the scale of C."""
@@ -143,8 +144,22 @@ class AutoDamping:
         return f"AutoDamping({', '.join(f'{name}={value:g}' for name, value in given.items())})"
 
 
-def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor) -> Tensor:
-    """``rule.value(scale())``; no scale is worked out for a rule that does not look at it."""
+def relative_damping(scale: Tensor, ratio: float) -> Tensor:
+    """``ratio * scale``, and more than zero: 0 / 0 stays out where every gradient so far was exactly zero."""
+    return torch.rsub(scale, torch.finfo(scale.dtype).tiny, alpha=-ratio)  # tiny + ratio * scale, in one operation
+
+
+def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor, finite: bool = False) -> Tensor:
+    """``rule.value(scale())``; no scale is worked out for a rule that does not look at it.
+
+    Args:
+        rule: any.
+        scale: gives the scale of C, no dimensions.
+        like: what decides device and dtype.
+        finite: the scale is known to be, as that of a running mean.
+    """
+    if finite and type(rule) is AutoDamping:
+        return rule.value(scale(), finite=True)
     if type(rule) is Tikhonov:
         return torch.full((), rule.damping, dtype=working_dtype(like.device), device=like.device)
     return rule.value(scale())

@@ -17,12 +17,12 @@ from newton_plugin._curvature import (
     describe,
     form_is_dense,
 )
-from newton_plugin._damping import AutoDamping, Averaging, Damping, damping_for
+from newton_plugin._damping import AutoDamping, Averaging, Damping, damping_for, relative_damping
 from newton_plugin._errors import check_choice, check_positive
 from newton_plugin._forms import Dense, Diagonal, Isotropic, eigenvalues, to_blocks
 from newton_plugin._kept import Kept, check_refresh_every
 from newton_plugin._memory import refuse_beyond
-from newton_plugin._parts import are_many, gram, row_lengths, scaled, summed, take, weighed
+from newton_plugin._parts import are_many, divided, gram, row_lengths, summed, take, weighed
 from newton_plugin._ranks import ONE_PROCESS, Ranks
 from newton_plugin._running import RunningMean
 from newton_plugin._sketch import sketch_of_rows
@@ -35,7 +35,7 @@ def batch_fisher(gradient: Tensor, ranks: Ranks, groups: int, ndim: int) -> Tens
     """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
     n, m = gradient.shape
     if ndim == 0:
-        return ranks.mean(row_lengths(gradient).sum() / m, n)
+        return ranks.mean(row_lengths(gradient).sum(), n * m)
     if ndim == 1:
         return ranks.mean(summed(gradient, lambda g: g.square().sum(0)), n)
     if ndim == 2:
@@ -80,7 +80,7 @@ class EmpiricalFisher:
         self.structure: Structure = structure
         self.power = check_power(power)
         self.refresh_every = check_refresh_every(refresh_every, structure)
-        self._mean = RunningMean()
+        self._mean = RunningMean(nonnegative=True)
         self._kept = Kept(self.refresh_every, self.power)
 
     def __repr__(self) -> str:
@@ -101,6 +101,8 @@ class EmpiricalFisher:
         unit = None if weight is None else weight.square()
         if self.structure == "per_sample":
             return self._per_sample(gradient, damping, ranks, unit)
+        if self.structure == "isotropic":
+            return self._isotropic(gradient, damping, ranks, unit)
         if self.structure != "block":
             groups = 1
         check_groups(n, groups)
@@ -113,13 +115,13 @@ class EmpiricalFisher:
                 asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
                 refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
             average = damping.averaging
-            ndim = {"isotropic": 0, "diagonal": 1}.get(self.structure, 2 if groups == 1 else 3)
+            ndim = 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
             c = in_units(batch_fisher(gradient, ranks, groups, ndim), unit)
             c = self._mean.update(c, average.decay, average.growth)
-            form = (Isotropic, Diagonal)[ndim](c) if ndim < 2 else Dense(c, definite=True)
+            form = (Diagonal if ndim == 1 else Dense)(c, definite=True)
             norm = self._mean.norm  # asked for again at the next step
             scale = (lambda: norm() / eigenvalues(c) ** 0.5) if average.decay else form.scale
-            d = damping_for(damping, scale, gradient)
+            d = damping_for(damping, scale, gradient, finite=average.decay > 0)
             kept.put(form, d, self._mean.finite, m, groups)
         return self._from_kept(gradient, damping, refreshed, unit, groups)
 
@@ -127,10 +129,45 @@ class EmpiricalFisher:
         self, gradient: Tensor, damping: Damping, refreshed: bool, unit: Tensor | None, groups: int = 1
     ) -> CurvatureStep:
         inverse, form, d = self._kept.use(gradient.device)
-        step, inner = take(inverse, gradient, self._own(gradient, damping), unit, groups)
+        own = self._own(gradient, damping)
+        if refreshed and not own and not are_many(gradient):
+            step = inner = inverse(gradient)  # that the gradients are finite is in C
+        else:
+            step, inner = take(inverse, gradient, own, unit, groups)
         # Of a C that was kept, the ranks know nothing about the gradients of this batch.
         finite = self._kept.finite
         return CurvatureStep(step, d, form.matrix, form.extremes, finite=finite, agreed=refreshed, inner=inner)
+
+    def _isotropic(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+        # (c I + own g g' + d I)^-1 g = g / (c + d + own |g|^2), so the |g_i|^2 are all that is needed.
+        n, m = gradient.shape
+        squared = in_units(row_lengths(gradient), unit)
+        total = squared.sum()
+        kept = self._kept
+        refreshed = kept.due or not kept.fits(m, 1)
+        if refreshed:
+            average = damping.averaging
+            c = self._mean.update(ranks.mean(total, n * m), average.decay, average.growth)
+            kept.put(
+                Isotropic(c), damping_for(damping, lambda: c, gradient, average.decay > 0), self._mean.finite, m, 1
+            )
+        form, d = kept.use_form(gradient.device)
+        assert isinstance(form, Isotropic)
+        shifted = form.value + d if self.power == 1 else (form.value + d).sqrt()
+        own = self._own(gradient, damping)
+        # The own term keeps a step finite where its gradient is; of a C that was kept, the ranks know nothing about
+        # the gradients of this batch.
+        bounded = refreshed and own > 0 and type(damping) is AutoDamping
+        return CurvatureStep(
+            divided(gradient, torch.add(shifted, squared, alpha=own) if own else shifted),
+            d,
+            form.matrix,
+            form.extremes,
+            finite=kept.finite,
+            agreed=refreshed,
+            inner=None if bounded else total / shifted,
+            bounded=bounded,
+        )
 
     def _own(self, gradient: Tensor, damping: Damping) -> float:
         """Weight of a sample's own ``g g'`` beside C."""
@@ -144,24 +181,26 @@ class EmpiricalFisher:
         # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
         squared = in_units(row_lengths(gradient), unit)
         d = damping.value(self._running_size(squared, gradient, damping, ranks)[0])
-        factors = (squared + d).pow(-self.power)
-        inner = factors * squared
+        by = squared + d if self.power == 1 else (squared + d).sqrt()
+        # Where d > 0 a step is finite if its gradient is.
+        bounded = type(damping) in (AutoDamping, _BatchRelative)
         rank_deficient = gradient.shape[1] > 1
         return CurvatureStep(
-            scaled(gradient, factors),
+            divided(gradient, by),
             d,
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
             finite=self._mean.finite,
             agreed=True,
-            inner=inner,
-            sizes=lambda: (squared.sum(), (factors * inner).sum()),
+            inner=None if bounded else squared / by,
+            bounded=bounded,
+            sizes=lambda: (squared.sum(), (squared / by / by).sum()),
         )
 
     def _running_size(self, squared: Tensor, gradient: Tensor, damping: Damping, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
         n, m = gradient.shape
-        own = ranks.mean(squared.sum() / max(1, m), n)
+        own = ranks.mean(squared.sum(), n * max(1, m))
         average = damping.averaging
         return self._mean.update(own, average.decay, average.growth), own
 
@@ -218,7 +257,7 @@ class _BatchRelative:
         self.ratio = ratio
 
     def value(self, scale: Tensor) -> Tensor:
-        return (self.ratio * scale).clamp_min(torch.finfo(scale.dtype).tiny)
+        return relative_damping(scale, self.ratio)
 
 
 class SoftNormalization(EmpiricalFisher):

@@ -77,9 +77,15 @@ class Isotropic:
 
 @dataclass(frozen=True)
 class Diagonal:
-    """``C = diag(c)``; c is (m,)."""
+    """``C = diag(c)``.
+
+    Attributes:
+        values: c, (m,).
+        definite: known not to be negative: the inverse then looks for no negative ones.
+    """
 
     values: Tensor
+    definite: bool = False
 
     @property
     def matrix(self) -> Tensor:
@@ -89,7 +95,8 @@ class Diagonal:
         return torch.linalg.vector_norm(self.values) / eigenvalues(self.values) ** 0.5
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
-        factor = shifted_eigenvalues(self.values, damping).pow(-power)
+        shifted = self.values + damping if self.definite else shifted_eigenvalues(self.values, damping)
+        factor = shifted.pow(-power)
         return lambda g: g * factor
 
     def extremes(self) -> tuple[Tensor, Tensor]:

@@ -81,12 +81,17 @@ class Kept:
 
     def use(self, device: torch.device) -> tuple[Inverse, Form, Tensor]:
         """Count one step; the inverse of the C that is kept, C, and the damping."""
-        form, damping = self._current(device)
-        refuse_in_a_capture(damping, self.every)
+        form, damping = self.use_form(device)
         if self._inverse is None:
             self._inverse = form.inverse(damping, self.power)
-        self._age += 1
         return self._inverse, form, damping
+
+    def use_form(self, device: torch.device) -> tuple[Form, Tensor]:
+        """:meth:`use` without the inverse."""
+        form, damping = self._current(device)
+        refuse_in_a_capture(damping, self.every)
+        self._age += 1
+        return form, damping
 
     def _current(self, device: torch.device) -> tuple[Form, Tensor]:
         """C and the damping, which follow the gradients to their device: a checkpoint may come from another one."""

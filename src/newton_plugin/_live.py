@@ -212,15 +212,15 @@ class _InBackward:
         hessians = None
         if self._hessians is not None:
             upstream = gradient.new_zeros(()) if self._upstream is None else self._upstream
-            hessians = self._hessians(upstream.to(dtype) / weight)
+            hessians = self._hessians(_unweighted(upstream, weight))
         arrived = self._layout.to_rows(gradient)
         # A loss that somebody has multiplied by zero gives 0 / 0: not finite, so nothing is learned from this batch.
         if self._rule.streams(arrived):
             result = self._rule(arrived, hessians, groups=self._layout.groups, weight=weight)
             step = result.step
         else:
-            result = self._rule(arrived.to(dtype) / weight, hessians, groups=self._layout.groups)
-            step = (result.step * weight).to(arrived.dtype)
+            result = self._rule(_unweighted(arrived, weight), hessians, groups=self._layout.groups)
+            step = torch.mul(result.step, weight, out=torch.empty_like(arrived))
         assert result.fine is not None
         # What is not fine, or of a loss times zero, goes on as it arrived.
         self._sent = torch.where(result.fine, step, arrived, out=step if step is result.step else None)
@@ -241,6 +241,12 @@ def _weight(scale: Tensor, layout: RowLayout, mean: bool) -> Tensor:
     if scale.ndim:
         scale = scale.reshape(())
     return scale / layout.rows if mean else scale
+
+
+def _unweighted(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``gradient / weight``, in the dtype of the weight (no dimensions)."""
+    # With a dimension the weight's dtype counts, and no operation is spent on the conversion.
+    return gradient / (weight.reshape(1) if gradient.ndim else weight)
 
 
 class _AtOnce:

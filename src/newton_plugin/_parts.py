@@ -17,7 +17,7 @@ from torch import Tensor
 
 from newton_plugin._solve import Inverse, working_dtype
 
-__all__ = ["are_many", "gram", "row_lengths", "row_products", "scaled", "summed", "take", "weighed"]
+__all__ = ["are_many", "divided", "gram", "row_lengths", "row_products", "summed", "take", "weighed"]
 
 _MANY = 2**19  # elements above which rows are taken in parts: 4 MiB in float64
 _CACHED = 2**17  # elements of a part, 1 MiB in float64
@@ -111,13 +111,14 @@ def weighed(matrix: Tensor, rows: Tensor, products: Tensor) -> Tensor:
     return result
 
 
-def scaled(rows: Tensor, factors: Tensor) -> Tensor:
-    """``f_i g_i``, in the dtype of the rows; factors (N,) in the working dtype, whose range the rows' need not have."""
+def divided(rows: Tensor, by: Tensor) -> Tensor:
+    """``g_i / b_i``, in the dtype of the rows; b is (N,), or one number for all, in the working dtype, whose range that
+    of the rows need not have."""
     if not are_many(rows):
-        return rows * factors.unsqueeze(-1)
+        return rows / by.unsqueeze(-1)
     result = torch.empty_like(rows)
     for at, part in _row_parts(rows):
-        result[at] = part * factors[at].unsqueeze(-1)
+        result[at] = part / (by[at].unsqueeze(-1) if by.ndim else by)
     return result
 
 

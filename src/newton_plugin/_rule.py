@@ -184,11 +184,7 @@ class StepRule:
         if getattr(self.curvature, "structure", None) == "block":
             more["groups"] = groups
         result = self.curvature.step(gradient, hvp, self.damping, **more)
-        inner = getattr(result, "inner", None)  # what users' curvatures give back may be older than this
-        inner = row_products(gradient, result.step) if inner is None else inner
-        # The norm of these is finite only if all gradients and steps are.
-        fine = torch.linalg.vector_norm(inner) < math.inf
-        fine = fine if result.finite is None else fine & result.finite
+        fine = self._fine(gradient, result)
         if not result.agreed:
             fine = ranks.all(fine)
         if self.on_nonfinite == "raise" and not bool(fine):
@@ -198,6 +194,16 @@ class StepRule:
         self.last, self.last_weight = result, weight
         self.last_gradient = gradient if getattr(result, "sizes", None) is None else None
         return result
+
+    def _fine(self, gradient: Tensor, result: CurvatureStep) -> Tensor:
+        """Whether all gradients and steps of this process are finite, and C is."""
+        # What users' curvatures give back may be older than these two.
+        if getattr(result, "bounded", False) and result.finite is not None:
+            return result.finite
+        inner = getattr(result, "inner", None)
+        inner = row_products(gradient, result.step) if inner is None else inner
+        fine = (torch.linalg.vector_norm(inner) if inner.ndim else inner) < math.inf
+        return fine if result.finite is None else fine & result.finite
 
     def streams(self, gradient: Tensor) -> bool:
         """Whether the curvature takes these rows in their own dtype."""

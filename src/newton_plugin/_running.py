@@ -25,12 +25,16 @@ class RunningMean:
     well as whether it is large, and what is kept is the mean with the number of values it counts as,
     ``count_t = 1 + decay count_(t-1)``, so that the next value's share is 1 / count.
 
+    Args:
+        nonnegative: values without dimensions are never negative (sums of squares), so each is its own norm.
+
     Attributes:
         finite: whether the last value was; a tensor without dimensions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nonnegative: bool = False) -> None:
         self.finite: Tensor | None = None
+        self._nonnegative = nonnegative
         self._mean: Tensor | None = None
         self._count: Tensor | None = None
         self._norm: Tensor | None = None  # of the mean, once somebody has asked
@@ -42,21 +46,37 @@ class RunningMean:
 
         With ``decay = 0`` what is not finite in ``value`` is returned as zero: decompositions raise on it.
         """
-        size = torch.linalg.vector_norm(value)
+        size = self._norm_of(value)
         self.finite = finite = size < math.inf
         if decay == 0:
             return value.nan_to_num(0.0, 0.0, 0.0)
-        if capturing(value):
-            self._in_place, self._norm = True, None
         mean, count = self._before(value, decay)
         if mean is None or count is None:
             return self._keep(torch.where(finite, value, 0.0), finite.to(value.dtype))
         if growth < math.inf:
-            # No bound where the mean is zero: x / 0 and 0 / 0 are 1.
-            value = value / (size / (growth * self.norm())).nan_to_num(1.0, 1.0).clamp_min(1.0)
+            value = self._bounded(value, size, growth)
         count = torch.where(finite, torch.rsub(count, 1.0, alpha=-decay), count)
         # Before anything finite has come the count is 0 and the value is dropped: any share will do.
         return self._keep(torch.where(finite, torch.lerp(mean, value, count.reciprocal()), mean), count)
+
+    def update_finite(self, value: Tensor, decay: float) -> Tensor:
+        """:meth:`update` by a value that is known to be finite, ``decay > 0``: half the operations."""
+        mean, count = self._before(value, decay)
+        if mean is None or count is None:
+            # A copy: whoever holds the value must not see it change in a capture.
+            return self._keep(value.clone(), value.new_ones(()))
+        count = torch.rsub(count, 1.0, alpha=-decay)
+        return self._keep(torch.lerp(mean, value, count.reciprocal()), count)
+
+    def _norm_of(self, value: Tensor) -> Tensor:
+        return value if self._nonnegative and value.ndim == 0 else torch.linalg.vector_norm(value)
+
+    def _bounded(self, value: Tensor, size: Tensor, growth: float) -> Tensor:
+        """``value``, of norm ``size``, scaled down to ``growth`` times the mean; no bound where the mean is zero."""
+        limit = growth * self.norm()
+        if size is value:
+            return torch.minimum(value, torch.threshold(limit, 0.0, math.inf))  # infinite where it is zero
+        return value / (size / limit).nan_to_num(1.0, 1.0).clamp_min(1.0)  # x / 0 and 0 / 0 are 1
 
     def _keep(self, mean: Tensor, count: Tensor) -> Tensor:
         """For the next step; returns the mean, which no later step changes."""
@@ -69,11 +89,13 @@ class RunningMean:
         norm = self._norm
         if norm is None:
             assert self._mean is not None
-            norm = self._norm = torch.linalg.vector_norm(self._mean)
+            norm = self._norm = self._norm_of(self._mean)
         return norm
 
     def _before(self, value: Tensor, decay: float) -> tuple[Tensor | None, Tensor | None]:
         """Mean and count as they were, in dtype and device of ``value``; None if they are of another shape."""
+        if capturing(value):
+            self._in_place, self._norm = True, None
         if self._mean is None or self._mean.shape != value.shape:
             return None, None
         if self._count is None and self._weight is not None:

@@ -105,9 +105,9 @@ def repaired_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
     an eigendecomposition of everything.
     """
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix, damping))
-    failed = info > 0
-    if not bool(failed.any()):
+    if not bool(info.any() if info.ndim else info):
         return _by_factor(factor)
+    failed = info > 0
     if matrix.ndim == 2:
         return spectral_inverse(matrix, damping, 1.0)
     rest = _by_factor(torch.where(failed[..., None, None], identity_rows(matrix), factor))
