@@ -13,7 +13,7 @@ from benchmarks.evidence.plan import Done, best_run
 from benchmarks.evidence.problems import Problem
 from benchmarks.evidence.runs import REPORT_SEEDS, Run
 
-__all__ = ["OUTCOMES", "report_table"]
+__all__ = ["OUTCOMES", "final_comparisons", "report_table"]
 
 Row = Mapping[str, Any]
 
@@ -117,6 +117,13 @@ def _overtaken(done: Done, every: Mapping[str, Problem]) -> set[tuple]:
             if [best.learning_rate, best.second] != configuration:
                 found.add((name, arm, *configuration))
     return found
+
+
+def final_comparisons(
+    table: str, done: Done, every: Mapping[str, Problem]
+) -> dict[tuple[str, str], tuple[Comparison, float]]:
+    """(problem, arm) to its comparison with the baseline at the end, and Holm's p over the table."""
+    return _Table(table, done, every).comparisons("final")
 
 
 def report_table(table: str, done: Done, every: Mapping[str, Problem]) -> str:

@@ -16,6 +16,7 @@ from benchmarks.evidence.problems import Problem
 from benchmarks.evidence.report_table import report_table
 from benchmarks.evidence.runs import Lines
 from benchmarks.evidence.search_table import search_table
+from benchmarks.evidence.summary import summary_table
 from benchmarks.evidence.timing import read_times
 
 __all__ = ["write_tables"]
@@ -42,14 +43,19 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
         written.append(out.with_name(f"{out.name}_ranking_paper.md"))
         written[-1].write_text(fixed_table(paper, every))
     every = {**every, **BILEVEL}  # type: ignore[dict-item]  # whose runs are no stacks of replicas
+    reported = []
     for table in dict.fromkeys(problem.table for problem in every.values() if problem.table != "ranking_paper"):
         done = Lines(out / f"{table}.jsonl").by_run()
         if any(run.purpose == "report" for run in done):
+            reported.append(table)
             written.append(out.with_name(f"{out.name}_{table}.md"))
             written[-1].write_text(report_table(table, done, every) + _shortcuts(table, every) + found_lists(done))
             names = [name for name in every if any(run.problem == name for run in done if run.purpose == "report")]
             written.append(out.with_name(f"{out.name}_{table}.png"))
             curves(written[-1], names, every, done, read_times(out / "times.jsonl"))
+    if len(reported) > 1:
+        written.append(out.with_name(f"{out.name}_summary.md"))
+        written[-1].write_text(summary_table(out, reported, every))
     for path in written:
         print(path, flush=True)
     return written

@@ -17,6 +17,7 @@ from benchmarks.evidence.images import digit_images
 from benchmarks.evidence.registry import problems
 from benchmarks.evidence.report_table import report_table
 from benchmarks.evidence.runs import REPORT_SEEDS, SEARCH_SEEDS, TUNING_SEEDS, Lines, Run
+from benchmarks.evidence.summary import summary_table
 from benchmarks.evidence.tables import _shortcuts, write_tables
 
 RUN = Run("linear_adam", BASELINE, 1e-2, None, None, 20, 8, 2000, "search")
@@ -165,3 +166,17 @@ def test_what_a_larger_grid_has_overtaken_is_not_in_the_table() -> None:
     text = report_table("no_harm", done, problems())
     assert "| 60.0 ± 0.0 |" in text
     assert "50.0" not in text
+
+
+def test_the_summary_counts_what_is_significant(tmp_path: Path) -> None:
+    problem, made = problems()["linear_adam"], {"newton_plugin": "0", "commit": "c", "torch": "2", "kept": 0}
+    out = Lines(tmp_path / "e" / "no_harm.jsonl")
+    for arm, more in ((BASELINE, 0.0), ("isotropic", 3.0), ("Fisher", -2.0), ("Hessian", 0.0)):
+        first = plan.tuning_runs(problem, arm, None, "digits", "cpu")[0]
+        for k, run in enumerate(plan.report_runs(problem, replace(first, purpose="report"), "digits", "cpu")):
+            wiggle = 0.1 * (k % 4) if arm != "Hessian" else (-1.0) ** k
+            out.append(run, {"curve": [[1.0, 0.0, 50 + more + wiggle]] * 2, "finite": True, **made})
+    text = summary_table(tmp_path / "e", ["no_harm"], problems())
+    assert "| isotropic | 1 | 1: linear, adam +3.0 | 0 |" in text
+    assert "| Fisher | 1 | 0 | 1: linear, adam -2.0 |" in text
+    assert "| Hessian | 1 | 0 | 0 |" in text
