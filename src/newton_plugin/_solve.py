@@ -32,7 +32,6 @@ __all__ = [
     "push_through",
     "repaired_inverse",
     "shifted_eigenvalues",
-    "solve_indefinite",
     "spectral_inverse",
     "working_dtype",
 ]
@@ -119,11 +118,6 @@ def repaired_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
         return solved
 
     return solve
-
-
-def solve_indefinite(matrix: Tensor, damping: Tensor, gradient: Tensor) -> Tensor:
-    """:func:`repaired_inverse`, applied."""
-    return repaired_inverse(matrix, damping)(gradient)
 
 
 def spectral_inverse(matrix: Tensor, damping: Tensor, power: float) -> Inverse:

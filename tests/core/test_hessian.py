@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import newton_plugin as npl
-from newton_plugin._solve import solve_indefinite
+from newton_plugin._solve import repaired_inverse
 
 G = torch.Generator().manual_seed(0)
 Y = torch.randn(7, 4, generator=G, dtype=torch.float64)
@@ -30,12 +30,12 @@ def test_repair_of_indefinite_matrices_only_where_needed() -> None:
     g = torch.randn(5, 3, generator=G, dtype=torch.float64)
     d = torch.tensor(0.1, dtype=torch.float64)
     theirs = torch.stack([power_solve(c[i], 0.1, g[i], 1) for i in range(5)])
-    assert relative_error(solve_indefinite(c, d, g), theirs) <= 1e-12
+    assert relative_error(repaired_inverse(c, d)(g), theirs) <= 1e-12
     for i in range(5):
-        assert relative_error(solve_indefinite(c[i], d, g[i : i + 1]), theirs[i : i + 1]) <= 1e-12
+        assert relative_error(repaired_inverse(c[i], d)(g[i : i + 1]), theirs[i : i + 1]) <= 1e-12
     per_sample = d.expand(5) * torch.arange(1, 6)
     theirs = torch.stack([power_solve(c[i], float(per_sample[i]), g[i], 1) for i in range(5)])
-    assert relative_error(solve_indefinite(c, per_sample, g), theirs) <= 1e-12
+    assert relative_error(repaired_inverse(c, per_sample)(g), theirs) <= 1e-12
 
 
 class OnlyOnce(torch.autograd.Function):
