@@ -22,6 +22,7 @@ __all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "damping_for", "re
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
 _SLOW_DECAY = 0.999
+_LEAST = 1e-70  # of a damping that is relative to squares of gradients: of 1e-35
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,13 @@ class AutoDamping:
 
 
 def relative_damping(scale: Tensor, ratio: float) -> Tensor:
-    """``ratio * scale``, and more than zero: 0 / 0 stays out where every gradient so far was exactly zero."""
-    return torch.rsub(scale, torch.finfo(scale.dtype).tiny, alpha=-ratio)  # tiny + ratio * scale, in one operation
+    """``ratio * scale``, and more than zero.
+
+    0 / 0 stays out where every gradient so far was exactly zero; and where all are at the end of float32's range, a
+    step, which is about one over a gradient, stays within that range.
+    """
+    least = max(_LEAST, torch.finfo(scale.dtype).tiny)
+    return torch.rsub(scale, least, alpha=-ratio)  # least + ratio * scale, in one operation
 
 
 def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor, finite: bool = False) -> Tensor:

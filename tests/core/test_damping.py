@@ -166,3 +166,16 @@ def test_what_is_not_finite_leaves_the_mean_as_it_was() -> None:
             assert torch.equal(after, before)
         if not first.isfinite().all():  # the first finite value counts in full, however large
             assert torch.equal(mean.update(torch.full((3,), 1e9).double(), 0.5, 10.0), torch.full((3,), 1e9).double())
+
+
+@pytest.mark.parametrize("features", [8, 8192])  # as they are, and in parts
+@pytest.mark.parametrize(
+    "options", [{}, {"structure": "mean"}, {"structure": "per_sample"}, {"curvature": "norm"}], ids=str
+)
+def test_gradients_at_the_end_of_float32_give_steps_within_it(features: int, options: dict[str, Any]) -> None:
+    y = torch.zeros(64, features, requires_grad=True)
+    hook = npl.LossHook(**options)
+    hook((y * 1e-43).sum()).backward()
+    assert y.grad is not None
+    assert bool(torch.isfinite(y.grad).all())
+    assert bool((y.grad > 0).all())
