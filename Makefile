@@ -20,9 +20,12 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python $(PYTEST) -m slow
 
+# The tests of the core's rooms, which mirror src/newton_plugin.
+CORE_TESTS := $(addprefix tests/,boundary curvature derivatives doors faults identities linalg runtime step)
+
 # The lower ends of the declared ranges, in an environment of their own (a download of several GB on Linux).
 test-oldest: .venv-oldest/.dev
-	.venv-oldest/bin/python $(PYTEST) -m "not slow" tests/core tests/lightning tests/distributed
+	.venv-oldest/bin/python $(PYTEST) -m "not slow" $(CORE_TESTS) tests/lightning tests/distributed
 
 .venv-oldest/.dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -23,19 +23,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from benchmarks.evidence import plan
-from benchmarks.evidence.arms import ARMS, CANDIDATES
-from benchmarks.evidence.damping import DAMPED, damping_groups
-from benchmarks.evidence.damping import PROBLEMS as DAMPING_PROBLEMS
-from benchmarks.evidence.fields import write_fields
-from benchmarks.evidence.fixed import FIXED_ARMS, fixed_groups
-from benchmarks.evidence.mechanism import append_mechanism
-from benchmarks.evidence.problems import Problem
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.runs import Lines, Run
-from benchmarks.evidence.tables import write_tables
-from benchmarks.evidence.timing import append_times
-from benchmarks.evidence.training import train
+from benchmarks.evidence.problems.problem import Problem
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.tables.fields import write_fields
+from benchmarks.evidence.tables.write import write_tables
+from benchmarks.evidence.training import plan
+from benchmarks.evidence.training.arms import ARMS, CANDIDATES
+from benchmarks.evidence.training.damping import DAMPED, damping_groups
+from benchmarks.evidence.training.damping import PROBLEMS as DAMPING_PROBLEMS
+from benchmarks.evidence.training.fixed import FIXED_ARMS, fixed_groups
+from benchmarks.evidence.training.mechanism import append_mechanism
+from benchmarks.evidence.training.runs import Lines, Run
+from benchmarks.evidence.training.timing import append_times
+from benchmarks.evidence.training.train import train
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 

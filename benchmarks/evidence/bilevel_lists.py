@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.evidence import plan
-from benchmarks.evidence.arms import ARMS, BASELINE, TWO_RATES, Arm, configurations
-from benchmarks.evidence.images import Part
-from benchmarks.evidence.number_lists import NumberLists
-from benchmarks.evidence.runs import TUNING_SEEDS, Lines, Purpose, Run
-from benchmarks.evidence.training import CHECKPOINTS, versions
+from benchmarks.evidence.data.images import Part
+from benchmarks.evidence.data.number_lists import NumberLists
+from benchmarks.evidence.training import plan
+from benchmarks.evidence.training.arms import ARMS, BASELINE, TWO_RATES, Arm, configurations
+from benchmarks.evidence.training.runs import TUNING_SEEDS, Lines, Purpose, Run
+from benchmarks.evidence.training.train import CHECKPOINTS, versions
 from torch import Tensor, nn
 
 import newton_plugin as npl

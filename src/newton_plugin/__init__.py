@@ -9,9 +9,15 @@ output space and train on the quadratic surrogate. Three doors:
 """
 
 from newton_plugin import testing
-from newton_plugin._closed_form import with_hessian
-from newton_plugin._curvature import Curvature, CurvatureStep
-from newton_plugin._damping import AutoDamping, Averaging, Damping, Tikhonov
+from newton_plugin._curvature.damping import AutoDamping, Averaging, Damping, Tikhonov
+from newton_plugin._curvature.fisher import EmpiricalFisher
+from newton_plugin._curvature.hessian import Hessian
+from newton_plugin._curvature.protocol import Curvature, CurvatureStep
+from newton_plugin._curvature.soft_normalization import SoftNormalization
+from newton_plugin._derivatives.closed_forms import with_hessian
+from newton_plugin._doors.loss_hook import LossHook
+from newton_plugin._doors.newton_loss import NewtonLoss, newton_loss
+from newton_plugin._doors.newton_step import NewtonStep, newton_step
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -26,12 +32,7 @@ from newton_plugin._errors import (
     ShapeError,
     SingularCurvatureError,
 )
-from newton_plugin._fisher import EmpiricalFisher, SoftNormalization
-from newton_plugin._hessian import Hessian
-from newton_plugin._hook import LossHook
-from newton_plugin._loss import NewtonLoss, newton_loss
-from newton_plugin._newton import NewtonStep, newton_step
-from newton_plugin._surrogate import quadratic_surrogate
+from newton_plugin._step.surrogate import quadratic_surrogate
 
 __version__ = "0.1.0"
 

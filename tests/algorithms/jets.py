@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import mpmath as mp
 
-from newton_plugin.algorithms._layers import schedule
+from newton_plugin.algorithms._sorting_network.layers import schedule
 
 mp.mp.dps = 80
 

@@ -7,12 +7,23 @@ import importlib
 
 import pytest
 
-MODULES = ("layers", "log_domain", "neural_sort", "ranking_loss", "relevance", "soft_rank", "soft_sort")
+MODULES = (
+    "_log_domain",
+    "_ranking.ranking_loss",
+    "_ranking.relevance",
+    "_ranking.soft_rank",
+    "_ranking.top_k",
+    "_sorting.neural_sort",
+    "_sorting.soft_sort",
+    "_sorting_network.layers",
+    "_sorting_network.network",
+    "_sorting_network.swaps",
+)
 
 
-@pytest.mark.parametrize("name", [*MODULES, "sorting_network", "swaps", "top_k"])
+@pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
-    module = importlib.import_module(f"newton_plugin.algorithms._{name}")
+    module = importlib.import_module(f"newton_plugin.algorithms.{name}")
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failed == 0

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import newton_plugin as npl
 from newton_plugin import _errors as errors
-from newton_plugin.algorithms import FenchelYoungLoss, _fenchel_young, shortest_path
-from newton_plugin.algorithms._noise import EULER, resolve_noise
+from newton_plugin.algorithms import FenchelYoungLoss, shortest_path
+from newton_plugin.algorithms._black_box import fenchel_young
+from newton_plugin.algorithms._black_box.noise import EULER, resolve_noise
 
 both_signs = pytest.mark.parametrize("minimize", [False, True])
 
@@ -299,4 +300,4 @@ def test_what_it_refuses() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(_fenchel_young).failed == 0
+    assert doctest.testmod(fenchel_young).failed == 0

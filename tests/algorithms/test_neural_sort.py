@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newton_plugin import _errors as errors
 from newton_plugin.algorithms import neural_sort
-from newton_plugin.algorithms._neural_sort import _distance_by_pairs, _distance_by_sums
+from newton_plugin.algorithms._sorting.neural_sort import _distance_by_pairs, _distance_by_sums
 
 lists = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=7)
 quick = settings(deadline=None, derandomize=True, max_examples=40)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from newton_plugin import _errors as errors
-from newton_plugin.algorithms import _noise
-from newton_plugin.algorithms._noise import EULER, Cauchy, Gaussian, Gumbel, resolve_noise
+from newton_plugin.algorithms._black_box import noise as noise_module
+from newton_plugin.algorithms._black_box.noise import EULER, Cauchy, Gaussian, Gumbel, resolve_noise
 
 zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
 CASES: dict[str, tuple[Any, torch.distributions.Distribution]] = {
@@ -118,4 +118,4 @@ def test_names_and_instances() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(_noise).failed == 0
+    assert doctest.testmod(noise_module).failed == 0

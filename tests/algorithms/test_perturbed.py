@@ -15,9 +15,10 @@ from torch import Tensor
 
 import newton_plugin as npl
 from newton_plugin import _errors as errors
-from newton_plugin.algorithms import PerturbedOptimizer, StochasticSmoothing, _perturbed
-from newton_plugin.algorithms._noise import resolve_noise
-from newton_plugin.algorithms._smoothing import ESTIMATORS
+from newton_plugin.algorithms import PerturbedOptimizer, StochasticSmoothing
+from newton_plugin.algorithms._black_box import perturbed
+from newton_plugin.algorithms._black_box.noise import resolve_noise
+from newton_plugin.algorithms._black_box.smoothing import ESTIMATORS
 
 both_signs = pytest.mark.parametrize("minimize", [False, True])
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -270,4 +271,4 @@ def test_the_code_in_the_documentation_runs() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(_perturbed).failed == 0
+    assert doctest.testmod(perturbed).failed == 0

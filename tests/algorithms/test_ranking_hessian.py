@@ -10,10 +10,11 @@ from tests.algorithms.test_stability import CASES, METHODS
 from torch import Tensor
 
 import newton_plugin as npl
-from newton_plugin._graph import known_hessian
-from newton_plugin.algorithms import RankingLoss, _chunks
-from newton_plugin.algorithms._list_loss import plain_list_loss
-from newton_plugin.algorithms._ranking_loss import _targets
+from newton_plugin._boundary.autograd_graph import known_hessian
+from newton_plugin.algorithms import RankingLoss
+from newton_plugin.algorithms._list_loss import chunks
+from newton_plugin.algorithms._list_loss.function import plain_list_loss
+from newton_plugin.algorithms._ranking.ranking_loss import _targets
 
 every_method = pytest.mark.parametrize("method", [loss.method for loss, _ in LOSSES.values()], ids=LOSSES)
 
@@ -184,7 +185,7 @@ def test_lists_worked_on_a_few_at_a_time(method, monkeypatch: pytest.MonkeyPatch
     mask = torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) < 0.8
     together = _written(loss, scores, ranks, mask)
     for size in (1, 150, 500):
-        monkeypatch.setattr(_chunks, "_CHUNK", {"cpu": size})
+        monkeypatch.setattr(chunks, "_CHUNK", {"cpu": size})
         for got, want in zip(_written(loss, scores, ranks, mask), together, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-15)
 

@@ -11,11 +11,13 @@ from tests.algorithms.test_smoothing import SETTINGS, _by_loops, _noise_drawn, _
 from torch import Tensor
 
 import newton_plugin as npl
-from newton_plugin import _closed_form, _errors, _live
-from newton_plugin._graph import known_hessian
+from newton_plugin import _errors
+from newton_plugin._boundary.autograd_graph import known_hessian
+from newton_plugin._derivatives import closed_forms
+from newton_plugin._step import engine
 from newton_plugin.algorithms import FenchelYoungLoss, StochasticSmoothing
-from newton_plugin.algorithms._noise import Gaussian
-from newton_plugin.algorithms._score_hessian import ScoreHessian
+from newton_plugin.algorithms._black_box.noise import Gaussian
+from newton_plugin.algorithms._black_box.score_hessian import ScoreHessian
 
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
@@ -144,9 +146,9 @@ def test_steps_differentiate_once(
     step = (vectors @ ((vectors.mT @ g.unsqueeze(-1)) / shifted.unsqueeze(-1))).squeeze(-1)
     want = (step / (6 if reduction == "mean" else 1)).mT @ x
 
-    monkeypatch.setattr(_live, "hessian_products", never)
+    monkeypatch.setattr(engine, "hessian_products", never)
     if large:
-        monkeypatch.setattr(_closed_form, "_BLOCK_ELEMENTS", 0)
+        monkeypatch.setattr(closed_forms, "_BLOCK_ELEMENTS", 0)
         monkeypatch.setattr(ScoreHessian, "__call__", never)
     options: dict[str, Any] = {"curvature": "hessian", "damping": 0.3, "structure": structure, "reduction": reduction}
     if door == "newton_loss":
@@ -192,7 +194,7 @@ def test_where_there_is_none_to_bring() -> None:
 def test_transforms_leave_no_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their tensors are gone when anybody could ask."""
     marked = []
-    monkeypatch.setattr(_closed_form, "mark_hessian", lambda *args: marked.append(args))
+    monkeypatch.setattr(closed_forms, "mark_hessian", lambda *args: marked.append(args))
     y, t = _randn(2, 3).requires_grad_(), ranks(_randn(2, 3, seed=1))
     loss = lambda z, u: FenchelYoungLoss(ranks, samples=6, sigma=0.8, generator=_seeded())(z, u)  # noqa: E731
     torch.func.hessian(loss)(y, t)
@@ -235,7 +237,7 @@ def test_products_must_be_a_function() -> None:
 
 
 def test_products_of_other_samples_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_closed_form, "_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(closed_forms, "_BLOCK_ELEMENTS", 0)
     smooth = StochasticSmoothing(lambda z: _steps(z.flatten(1)), samples=4, sigma=0.7)
     with pytest.raises(_errors.ShapeError, match=r"\(N, m, m\) = \(6, 2, 2\).*got shape \(3, 4, 4\)"):
         npl.newton_step(lambda y: smooth(y).mean(), _randn(3, 2, 2), curvature="hessian", feature_dims=-1)

@@ -22,10 +22,10 @@ def test_all_blocks_are_run() -> None:
     assert PAGE.count("```python") == len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize("name", ["bellman_ford", "shortest_path", "shortest_path_graph"])
+@pytest.mark.parametrize("name", ["bellman_ford", "grid_path", "graph_path"])
 def test_docstrings(name: str) -> None:
     # Classes and functions behind a decorator are found through their module's __all__.
-    module = importlib.import_module(f"newton_plugin.algorithms._{name}")
+    module = importlib.import_module(f"newton_plugin.algorithms._shortest_paths.{name}")
     failed, attempted = doctest.testmod(module)
     assert attempted > 2
     assert failed == 0

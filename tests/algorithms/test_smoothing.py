@@ -14,10 +14,11 @@ from torch import Tensor
 
 import newton_plugin as npl
 from newton_plugin import _errors as errors
-from newton_plugin.algorithms import StochasticSmoothing, _smoothing
-from newton_plugin.algorithms._black_box import BASELINES
-from newton_plugin.algorithms._noise import EULER, resolve_noise
-from newton_plugin.algorithms._smoothing import ESTIMATORS
+from newton_plugin.algorithms import StochasticSmoothing
+from newton_plugin.algorithms._black_box import smoothing
+from newton_plugin.algorithms._black_box.black_box import BASELINES
+from newton_plugin.algorithms._black_box.noise import EULER, resolve_noise
+from newton_plugin.algorithms._black_box.smoothing import ESTIMATORS
 
 NOISES = ("gaussian", "gumbel", "cauchy")
 SCORES = {
@@ -657,4 +658,4 @@ def test_repr_and_copies() -> None:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(_smoothing).failed == 0
+    assert doctest.testmod(smoothing).failed == 0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from newton_plugin import _errors as errors
 from newton_plugin.algorithms import SortingNetwork
-from newton_plugin.algorithms._layers import LAYOUTS, schedule
-from newton_plugin.algorithms._swaps import SWAPS, log_swap, log_swap_slopes, swap, swap_slope
+from newton_plugin.algorithms._sorting_network.layers import LAYOUTS, schedule
+from newton_plugin.algorithms._sorting_network.swaps import SWAPS, log_swap, log_swap_slopes, swap, swap_slope
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_swap = pytest.mark.parametrize("name", SWAPS)

@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from benchmarks.evidence.allocation import allocate, regret, utility
-from benchmarks.evidence.arms import ARMS
-from benchmarks.evidence.images import digit_images
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.relevance import GRADES, ndcg
-from benchmarks.evidence.sequences import BLANK, CLASSES, greedy_decode
-from benchmarks.evidence.written_numbers import write_numbers
+from benchmarks.evidence.data.images import digit_images
+from benchmarks.evidence.data.written_numbers import write_numbers
+from benchmarks.evidence.problems.allocation import allocate, regret, utility
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.problems.relevance import GRADES, ndcg
+from benchmarks.evidence.problems.sequences import BLANK, CLASSES, greedy_decode
+from benchmarks.evidence.training.arms import ARMS
 from torch import Tensor, nn
 
 from newton_plugin.algorithms import ndcg_loss

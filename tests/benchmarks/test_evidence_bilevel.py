@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.evidence import bilevel_lists
-from benchmarks.evidence.arms import ARMS, BASELINE
 from benchmarks.evidence.bilevel_lists import BILEVEL, Training
-from benchmarks.evidence.number_lists import NumberLists
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.runs import Lines, Purpose, Run
-from benchmarks.evidence.tables import write_tables
+from benchmarks.evidence.data.number_lists import NumberLists
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.tables.write import write_tables
+from benchmarks.evidence.training.arms import ARMS, BASELINE
+from benchmarks.evidence.training.runs import Lines, Purpose, Run
 
 import newton_plugin as npl
 
@@ -120,7 +120,7 @@ def test_a_diverged_run_counts_as_lost() -> None:
 def test_from_tuning_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {name: replace(problem, steps=10, batch=8) for name, problem in BILEVEL.items()}
     monkeypatch.setattr(bilevel_lists, "BILEVEL", short)
-    monkeypatch.setattr("benchmarks.evidence.tables.BILEVEL", short)
+    monkeypatch.setattr("benchmarks.evidence.tables.write.BILEVEL", short)
     call = ["--problems", "noisy_equal", "--arms", BASELINE, "isotropic", "--out", str(tmp_path / "e")]
     for what in ("tune", "report", "tune", "report"):
         bilevel_lists.main([what, *call])

@@ -9,13 +9,13 @@ import matplotlib.image
 import pytest
 import torch
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import plan
-from benchmarks.evidence.arms import ARMS, BASELINE, SEARCH_RATES
-from benchmarks.evidence.damping import CURVATURES, DAMPED, DAMPINGS, PROBLEMS, damping_groups, fixed
-from benchmarks.evidence.damping_table import damping_table
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.runs import SEARCH_SEEDS, Lines, Run
-from benchmarks.evidence.tables import write_tables
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.tables.damping import damping_table
+from benchmarks.evidence.tables.write import write_tables
+from benchmarks.evidence.training import plan
+from benchmarks.evidence.training.arms import ARMS, BASELINE, SEARCH_RATES
+from benchmarks.evidence.training.damping import CURVATURES, DAMPED, DAMPINGS, PROBLEMS, damping_groups, fixed
+from benchmarks.evidence.training.runs import SEARCH_SEEDS, Lines, Run
 
 import newton_plugin as npl
 
@@ -97,8 +97,8 @@ def test_a_table_of_the_lines_that_there_are(tmp_path: Path) -> None:
 def test_damping_is_resumed_and_asks_for_the_chosen_sharpness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = {name: replace(EVERY[name], steps=10, batch=4) for name in ("single_10", "logistic_5")}  # type: ignore[type-var]
     monkeypatch.setattr(command, "problems", lambda scale, folder, device="cpu": every)
-    monkeypatch.setattr("benchmarks.evidence.damping.SEARCH_SEEDS", range(2000, 2002))
-    monkeypatch.setattr("benchmarks.evidence.damping.DAMPINGS", (0.1, 10.0))
+    monkeypatch.setattr("benchmarks.evidence.training.damping.SEARCH_SEEDS", range(2000, 2002))
+    monkeypatch.setattr("benchmarks.evidence.training.damping.DAMPINGS", (0.1, 10.0))
     call = ["damping", "--problems", "single_10", "--out", str(tmp_path)]
     command.main(call)
     path = tmp_path / "damping.jsonl"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.evidence.fields import RULES, field, write_fields
-from benchmarks.evidence.ranking import METHODS
+from benchmarks.evidence.problems.ranking import METHODS
+from benchmarks.evidence.tables.fields import RULES, field, write_fields
 
 
 @pytest.mark.parametrize("method", METHODS)

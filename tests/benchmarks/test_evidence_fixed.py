@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.evidence.arms import BASELINE
-from benchmarks.evidence.fixed import FIXED_ARMS, fixed_groups, fixed_table
-from benchmarks.evidence.plan import sharpness_runs, tuning_runs
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.replicas import Networks
-from benchmarks.evidence.runs import Run
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.tables.fixed import fixed_table
+from benchmarks.evidence.training.arms import BASELINE
+from benchmarks.evidence.training.fixed import FIXED_ARMS, fixed_groups
+from benchmarks.evidence.training.plan import sharpness_runs, tuning_runs
+from benchmarks.evidence.training.replicas import Networks
+from benchmarks.evidence.training.runs import Run
 from torch import nn
 
 SMALL, PAPER = problems()["logistic_5"], problems("paper")["logistic_5"]

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.evidence import __main__ as command
-from benchmarks.evidence import plan
-from benchmarks.evidence.arms import ARMS, BASELINE, configurations
-from benchmarks.evidence.images import digit_images
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.report_table import report_table
-from benchmarks.evidence.runs import REPORT_SEEDS, SEARCH_SEEDS, TUNING_SEEDS, Lines, Run
-from benchmarks.evidence.summary import summary_table
-from benchmarks.evidence.tables import _shortcuts, write_tables
+from benchmarks.evidence.data.images import digit_images
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.tables.report import report_table
+from benchmarks.evidence.tables.summary import summary_table
+from benchmarks.evidence.tables.write import _shortcuts, write_tables
+from benchmarks.evidence.training import plan
+from benchmarks.evidence.training.arms import ARMS, BASELINE, configurations
+from benchmarks.evidence.training.runs import REPORT_SEEDS, SEARCH_SEEDS, TUNING_SEEDS, Lines, Run
 
 RUN = Run("linear_adam", BASELINE, 1e-2, None, None, 20, 8, 2000, "search")
 ROW = {"curve": [[10, 50.0], [20, 60.0]], "finite": True, "kept": 0}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.evidence import mechanism
-from benchmarks.evidence.arms import CANDIDATES
-from benchmarks.evidence.our_rule import GeometricMean
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.rule import Batch
-from benchmarks.evidence.rules import RULES
-from benchmarks.evidence.rules_of_size import GeometricMean as Candidate
-from benchmarks.evidence.timing import append_times, read_times
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.rules.all_rules import RULES
+from benchmarks.evidence.rules.of_size import GeometricMean as Candidate
+from benchmarks.evidence.rules.our_rule import GeometricMean
+from benchmarks.evidence.rules.rule import Batch
+from benchmarks.evidence.training import mechanism
+from benchmarks.evidence.training.arms import CANDIDATES
+from benchmarks.evidence.training.timing import append_times, read_times
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

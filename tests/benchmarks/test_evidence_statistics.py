@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import scipy.stats
-from benchmarks.evidence.paired import bootstrap_interval, compare, holm, sign_flip_p, wilcoxon_p
+from benchmarks.evidence.tables.paired import bootstrap_interval, compare, holm, sign_flip_p, wilcoxon_p
 
 DIFFERENCES = np.random.default_rng(3).normal(0.6, 1.0, 9)
 

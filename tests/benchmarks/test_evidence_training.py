@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.evidence.arms import ARMS, BASELINE, CANDIDATES, Arm
-from benchmarks.evidence.noise import ReplicaNoise
-from benchmarks.evidence.registry import problems
-from benchmarks.evidence.replicas import Adam, Networks, Sgd, clip_by_norm
-from benchmarks.evidence.rules_of_size import SoftNorm
-from benchmarks.evidence.runs import Run
-from benchmarks.evidence.training import Trainer, train
+from benchmarks.evidence.data.noise import ReplicaNoise
+from benchmarks.evidence.problems.registry import problems
+from benchmarks.evidence.rules.of_size import SoftNorm
+from benchmarks.evidence.training.arms import ARMS, BASELINE, CANDIDATES, Arm
+from benchmarks.evidence.training.replicas import Adam, Networks, Sgd, clip_by_norm
+from benchmarks.evidence.training.runs import Run
+from benchmarks.evidence.training.train import Trainer, train
 from torch import Tensor, nn
 
 import newton_plugin as npl

@@ -17,9 +17,18 @@ DOCS = (Path(__file__).parents[2] / "docs" / "bilevel.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["hypergradient", "accbo", "masoba", "borep", "stocbio"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_hypergradient.hypergradient",
+        "_methods.accbo",
+        "_methods.masoba",
+        "_methods.borep",
+        "_methods.stocbio",
+    ],
+)
 def test_docstrings(name: str) -> None:
-    failed, attempted = doctest.testmod(importlib.import_module(f"newton_plugin.bilevel._{name}"))
+    failed, attempted = doctest.testmod(importlib.import_module(f"newton_plugin.bilevel.{name}"))
     assert attempted > 0
     assert failed == 0
 

@@ -202,7 +202,7 @@ def test_what_a_lower_loss_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = hypergradient(lambda: y.sum(), lambda: (x * y).sum() - y.square().sum(), [x], [y], terms=5)
     assert torch.equal(stopped[0], torch.zeros(2))
     flat = torch.tensor([1.0, 1e-9])
-    monkeypatch.setattr("newton_plugin.bilevel._hypergradient._LINEAR_LIMIT", 50)
+    monkeypatch.setattr("newton_plugin.bilevel._hypergradient.hypergradient._LINEAR_LIMIT", 50)
     with pytest.raises(NotConvergedError, match="add weight decay"):
         hypergradient(lambda: y.sum(), lambda: (x * y + flat * y.square()).sum(), [x], [y], solver="linear")
 

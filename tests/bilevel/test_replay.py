@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from newton_plugin.bilevel import BOREP, MASOBA, AccBO, StocBiO, hypergradient
-from newton_plugin.bilevel._replay import Replay
+from newton_plugin.bilevel._hypergradient.replay import Replay
 
 METHODS = [AccBO, MASOBA, BOREP, StocBiO]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from newton_plugin import ArgumentError, ArgumentTypeError, NewtonPluginError, NoGradientError, NonFiniteError
 from newton_plugin.bilevel import BOREP, MASOBA, AccBO, GradScalerError, StocBiO
-from newton_plugin.bilevel._estimate import LinearSystem
+from newton_plugin.bilevel._hypergradient.estimate import LinearSystem
 
 METHODS = [AccBO, MASOBA, BOREP, StocBiO]
 every_method = pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,8 @@ from tests.convex.problems import known_qp
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from newton_plugin.convex import MissingSolverError, NonUniqueSolutionWarning, Status, _solvers, solve_qp
+from newton_plugin.convex import MissingSolverError, NonUniqueSolutionWarning, Status, solve_qp
+from newton_plugin.convex._solvers import choose
 
 pytest.importorskip("numba")
 
@@ -242,7 +243,7 @@ def all_ones(data: list[Tensor]) -> Tensor:
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_solvers, "_installed", lambda module: False)
+    monkeypatch.setattr(choose, "_installed", lambda module: False)
     data = given_data((6, 1, 8), 3)
     assert solve_qp(*data).solver == "torch"
     with pytest.raises(MissingSolverError, match=r'solver="numba" needs the package numba.*solver="torch"'):

@@ -11,7 +11,8 @@ from tests.convex.problems import known_qp
 from torch import Tensor
 
 from newton_plugin import ArgumentError, ArgumentTypeError, NoGradientError, ShapeError
-from newton_plugin.convex import ProblemFailedError, _sparse_system, solve_qp
+from newton_plugin.convex import ProblemFailedError, solve_qp
+from newton_plugin.convex._sparse import system
 
 pytest.importorskip("scipy.sparse")
 
@@ -137,7 +138,7 @@ def test_every_argument_has_to_be_on_the_cpu(name: str) -> None:
 
 def test_without_any_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block exchanges from no active rows at all, with scipy alone."""
-    monkeypatch.setattr(_sparse_system, "_AUTOMATIC", ())
+    monkeypatch.setattr(system, "_AUTOMATIC", ())
     for seed in range(3):
         known = known_qp(12, 2, 15, active=0.3, condition=10.0, seed=seed)
         Q, p, A, b, G, h = (t for t in known.data if t is not None)

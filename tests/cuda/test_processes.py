@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import newton_plugin as npl
-from newton_plugin._ranks import ProcessGroup
+from newton_plugin._runtime.processes import ProcessGroup
 
 BACKEND = "nccl" if DEVICE.type == "cuda" else "gloo"
 pytestmark = pytest.mark.skipif(

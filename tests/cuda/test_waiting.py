@@ -1,6 +1,6 @@
 """The host never waits for the device in a training step, except where a curvature says that it looks.
 
-``tests/core/test_no_sync.py`` asks the same of the operations that a CPU sees; here CUDA itself is asked.
+``tests/step/test_no_sync.py`` asks the same of the operations that a CPU sees; here CUDA itself is asked.
 """
 
 from __future__ import annotations

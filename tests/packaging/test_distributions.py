@@ -160,4 +160,4 @@ def test_the_sdist_runs_its_own_tests(sdist: Path) -> None:
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     collected = run(*command, "--collect-only", cwd=sdist, PYTHONPATH=paths)
     assert "error" not in collected.stdout.splitlines()[-1]
-    run(*command, "tests/core/test_identities.py", "tests/test_architecture.py", cwd=sdist, PYTHONPATH=paths)
+    run(*command, "tests/identities/test_identities.py", "tests/test_architecture.py", cwd=sdist, PYTHONPATH=paths)

@@ -9,20 +9,20 @@ Black boxes: ``StochasticSmoothing`` of any function, ``PerturbedOptimizer`` and
 linear problems (paths, assignments, rankings), by noise on their inputs.
 """
 
-from newton_plugin.algorithms._bellman_ford import relaxed_bellman_ford
-from newton_plugin.algorithms._cheapest import ShortestPath
-from newton_plugin.algorithms._fenchel_young import FenchelYoungLoss
-from newton_plugin.algorithms._neural_sort import neural_sort
-from newton_plugin.algorithms._perturbed import PerturbedOptimizer
-from newton_plugin.algorithms._ranking_loss import RankingLoss
-from newton_plugin.algorithms._relevance import average_precision_loss, ndcg_loss
-from newton_plugin.algorithms._shortest_path import shortest_path
-from newton_plugin.algorithms._shortest_path_graph import shortest_path_graph
-from newton_plugin.algorithms._smoothing import StochasticSmoothing
-from newton_plugin.algorithms._soft_rank import soft_rank, spearman_loss
-from newton_plugin.algorithms._soft_sort import soft_sort
-from newton_plugin.algorithms._sorting_network import SortingNetwork
-from newton_plugin.algorithms._top_k import soft_top_k
+from newton_plugin.algorithms._black_box.fenchel_young import FenchelYoungLoss
+from newton_plugin.algorithms._black_box.perturbed import PerturbedOptimizer
+from newton_plugin.algorithms._black_box.smoothing import StochasticSmoothing
+from newton_plugin.algorithms._ranking.ranking_loss import RankingLoss
+from newton_plugin.algorithms._ranking.relevance import average_precision_loss, ndcg_loss
+from newton_plugin.algorithms._ranking.soft_rank import soft_rank, spearman_loss
+from newton_plugin.algorithms._ranking.top_k import soft_top_k
+from newton_plugin.algorithms._shortest_paths.bellman_ford import relaxed_bellman_ford
+from newton_plugin.algorithms._shortest_paths.cheapest import ShortestPath
+from newton_plugin.algorithms._shortest_paths.graph_path import shortest_path_graph
+from newton_plugin.algorithms._shortest_paths.grid_path import shortest_path
+from newton_plugin.algorithms._sorting.neural_sort import neural_sort
+from newton_plugin.algorithms._sorting.soft_sort import soft_sort
+from newton_plugin.algorithms._sorting_network.network import SortingNetwork
 
 __all__ = [
     "FenchelYoungLoss",

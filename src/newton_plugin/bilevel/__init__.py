@@ -6,13 +6,13 @@ gradient of ``F(x, y*(x))`` in x is the hypergradient, an implicit derivative: :
 interleave both levels: start with :class:`MASOBA`.
 """
 
-from newton_plugin.bilevel._accbo import AccBO
-from newton_plugin.bilevel._borep import BOREP
 from newton_plugin.bilevel._errors import DoubleBackwardError, GradScalerError, NotConvergedError
-from newton_plugin.bilevel._hypergradient import hypergradient
-from newton_plugin.bilevel._masoba import MASOBA
-from newton_plugin.bilevel._oracle import OracleCalls
-from newton_plugin.bilevel._stocbio import StocBiO
+from newton_plugin.bilevel._hypergradient.hypergradient import hypergradient
+from newton_plugin.bilevel._hypergradient.oracle import OracleCalls
+from newton_plugin.bilevel._methods.accbo import AccBO
+from newton_plugin.bilevel._methods.borep import BOREP
+from newton_plugin.bilevel._methods.masoba import MASOBA
+from newton_plugin.bilevel._methods.stocbio import StocBiO
 
 __all__ = [
     "BOREP",

@@ -5,11 +5,10 @@
 * ``ConvexLayer(objective, equality, inequality)``: any smooth convex program, written as torch functions.
 """
 
-from newton_plugin.convex._convex_layer import ConvexLayer, ConvexSolution
-from newton_plugin.convex._problem import Problem
-from newton_plugin.convex._qp import BPQPLayer, solve_qp
+from newton_plugin.convex._qp.solve_qp import BPQPLayer, solve_qp
+from newton_plugin.convex._smooth.layer import ConvexLayer, ConvexSolution
 from newton_plugin.convex._solution import QPSolution
-from newton_plugin.convex._solvers import QPSolver
+from newton_plugin.convex._solvers.protocol import QPSolver
 from newton_plugin.convex._status import (
     MissingSolverError,
     NestedForwardError,
@@ -18,6 +17,7 @@ from newton_plugin.convex._status import (
     ProblemFailedWarning,
     Status,
 )
+from newton_plugin.convex._system.problem import Problem
 
 __all__ = [
     "BPQPLayer",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ShapeError, check_choice, check_floating
-from newton_plugin.convex._kkt import KKTSolve
+from newton_plugin.convex._system.kkt import KKTSolve
 
 __all__ = ["QPSolution"]
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from newton_plugin._boundary.rows import RowLayout, check_feature_dims
+from newton_plugin._doors.newton_loss import NewtonLoss
 from newton_plugin._errors import ArgumentTypeError, NonFiniteError, ShapeError, check_choice, check_floating
-from newton_plugin._loss import NewtonLoss
-from newton_plugin._rows import RowLayout, check_feature_dims
 from newton_plugin.testing._behaviour import coupling, definiteness, determinism, hessian_cost, precision
 from newton_plugin.testing._derivatives import Derivatives
 from newton_plugin.testing._doors import has_closed_form, taken_by

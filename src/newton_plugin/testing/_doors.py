@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._closed_form import find_form
-from newton_plugin._graph import explore, make_boundary
-from newton_plugin._loss import NewtonLoss
+from newton_plugin._boundary.autograd_graph import explore, make_boundary
+from newton_plugin._derivatives.closed_forms import find_form
+from newton_plugin._doors.newton_loss import NewtonLoss
 from newton_plugin.testing._subject import Subject
 
 __all__ = ["Taken", "has_closed_form", "taken_by"]

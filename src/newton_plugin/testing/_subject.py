@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._errors import ShapeError
-from newton_plugin._rows import RowLayout
-from newton_plugin._rule import Reduction
+from newton_plugin._step.settings import Reduction
 
 __all__ = ["Subject"]
 
@@ -108,7 +108,7 @@ class Subject:
             return torch.stack([run(probe, False) for probe in probes])
 
     def blocks(self) -> Tensor:
-        """(N, m, m), the samples' own Hessians, by m probes shared by the batch (see ``newton_plugin._hessian``)."""
+        """(N, m, m), the samples' own Hessians, by m probes shared by the batch (see ``newton_plugin._derivatives``)."""
         basis = torch.eye(self.layout.features).to(self.outputs)
         probes = basis.unsqueeze(1).expand(-1, self.layout.rows, -1)
         products = self.layout.to_rows(self.hessian_products(self.layout.from_rows(probes)))

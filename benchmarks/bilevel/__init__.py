@@ -1,0 +1,1 @@
+"""Bilevel methods at equal cost, and beside TorchOpt: ``python -m benchmarks.bilevel``."""

@@ -1,0 +1,1 @@
+"""Images, lists, numbers, and what is made wrong in them."""

@@ -1,0 +1,1 @@
+"""Every rule that is compared, and the candidates that were tried."""

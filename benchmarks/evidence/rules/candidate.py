@@ -1,0 +1,85 @@
+"""A candidate rule as a curvature of the package, for a batch that holds all replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmarks.evidence.problems.problem import RowsLoss
+from benchmarks.evidence.rules.grouped import Tally
+from benchmarks.evidence.rules.rule import Batch, Rule
+from torch import Tensor
+
+import newton_plugin as npl
+
+__all__ = ["Candidate"]
+
+
+class Candidate:
+    """A :class:`newton_plugin.Curvature` for rows (R * N, m).
+
+    Args:
+        rule: what to try.
+        replicas: R.
+        rows: the loss, for rules that evaluate it once more.
+        tally: counts the batches of a replica whose step was not finite and that kept their gradient.
+    """
+
+    def __init__(self, rule: Rule, replicas: int, rows: RowsLoss, tally: Tally) -> None:
+        self.rule, self.replicas, self.rows, self.tally = rule, replicas, rows, tally
+        self.needs_hessian = rule.needs_hessian
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Candidate:
+        return self  # the loss tells this very object what it sees
+
+    def watch(self, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
+        """What the loss was just called with, and its value for each row."""
+        self._seen = outputs, targets, losses
+
+    def step(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None, damping: npl.Damping) -> Any:
+        """See :meth:`newton_plugin.Curvature.step`; ``damping`` is not used."""
+        assert self._seen is not None
+        outputs, targets, losses = self._seen
+        n, m = gradient.shape
+        shape = (self.replicas, n // self.replicas)
+
+        def evaluate(at: Tensor) -> Tensor:
+            return self.rows(at.reshape(outputs.shape).to(outputs.dtype), targets).reshape(shape).to(at.dtype)
+
+        def hessian() -> Tensor:
+            assert hvp is not None
+            eye = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
+            columns = hvp(eye.unsqueeze(1).expand(-1, n, -1)).movedim(0, -1)
+            return ((columns + columns.mT) / 2).reshape(*shape, m, m)
+
+        g = gradient.reshape(*shape, m)
+        values = losses.reshape(shape).to(g.dtype)
+        with torch.no_grad():
+            step = self.rule.step(Batch(g, values, outputs.reshape(*shape, m).to(g.dtype), evaluate, hessian))
+        fine = torch.isfinite(step).flatten(1).all(1)
+        self.tally.kept += ~fine
+        step = torch.where(fine[:, None, None], step, g).reshape(n, m)
+        zero = step.new_zeros(())
+        return _Step(step, zero, lambda: (zero, zero))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Runs are never continued in the middle."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :meth:`state_dict`."""
+
+
+class _Step:
+    """What the package wants to know of a step."""
+
+    matrix = None
+    fallback = ""
+    zero_hessian = None
+    finite = None
+    agreed = False
+
+    def __init__(self, step: Tensor, damping: Tensor, extremes: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.step, self.damping, self.extremes = step, damping, extremes

@@ -1,0 +1,1 @@
+"""Which trainings are run, and how one is run."""

@@ -1,0 +1,87 @@
+"""The arms: ways to train on the same loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from benchmarks.evidence.rules.all_rules import RULES
+from benchmarks.evidence.rules.our_rule import GeometricMean
+from benchmarks.evidence.rules.rule import Rule
+
+import newton_plugin as npl
+
+__all__ = ["ARMS", "BASELINE", "CANDIDATES", "Arm", "configurations"]
+
+BASELINE = "plain, stable"
+RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+TWO_RATES = (5e-3, 2e-2)
+LOWER_RATES = (2e-4, 5e-4)  # for images of 28 x 28: plain training had its best rate at the edge
+DAMPINGS = (0.01, 0.1, 1.0)
+SEARCH_RATES = (3e-3, 1e-2, 3e-2)
+MakeRule = Callable[[float | None], tuple[npl.Curvature, npl.Damping]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        newton: curvature and damping for a value of the arm's second number; None: the plain gradient.
+        rule: a candidate of the search, in place of ``newton``: it sees all replicas at once.
+        second: values of the second number to choose from.
+        clips: the second number is a norm at which the parameters' gradient is clipped.
+        textbook: the loss as one writes it down first.
+        beta2: of Adam.
+        normalises: the parameters' gradient is divided by the running mean of its norm.
+    """
+
+    newton: MakeRule | None = None
+    rule: Callable[[], Rule] | None = None
+    second: tuple[float, ...] = ()
+    clips: bool = False
+    textbook: bool = False
+    beta2: float = 0.999
+    normalises: bool = False
+
+
+def _fixed(kind: type[npl.EmpiricalFisher] | type[npl.Hessian]) -> MakeRule:
+    def make(second: float | None) -> tuple[npl.Curvature, npl.Damping]:
+        assert second is not None
+        return kind(), npl.Tikhonov(second)
+
+    return make
+
+
+ARMS: dict[str, Arm] = {
+    "plain, textbook": Arm(textbook=True),
+    BASELINE: Arm(),
+    "clipped": Arm(second=(0.01, 0.1, 1.0), clips=True),
+    "short memory": Arm(beta2=0.9),
+    "normalised": Arm(normalises=True),
+    "soft normalisation": Arm(lambda _: (npl.SoftNormalization(), npl.AutoDamping())),
+    "isotropic": Arm(lambda _: (npl.EmpiricalFisher("isotropic"), npl.AutoDamping())),
+    "batch size": Arm(lambda _: (npl.EmpiricalFisher("isotropic"), npl.AutoDamping(own=0.0))),
+    "Fisher": Arm(lambda _: (npl.EmpiricalFisher(), npl.AutoDamping())),
+    "Fisher, fixed": Arm(_fixed(npl.EmpiricalFisher), second=DAMPINGS),
+    "Hessian": Arm(lambda _: (npl.Hessian(), npl.AutoDamping())),
+    "Hessian, fixed": Arm(_fixed(npl.Hessian), second=DAMPINGS),
+    "Hessian per sample": Arm(lambda _: (npl.Hessian("per_sample"), npl.AutoDamping())),
+    "our rule": Arm(lambda _: (GeometricMean(), npl.AutoDamping())),
+}
+"""The arms of the tables."""
+
+CANDIDATES: dict[str, Arm] = {
+    **{name: Arm(rule=rule) for name, rule in RULES.items()},
+    "textbook, Fisher": replace(ARMS["Fisher"], textbook=True),
+    "textbook, our rule": replace(ARMS["our rule"], textbook=True),
+}
+"""The candidates of the search for a rule; it compares the arms above too."""
+
+
+def configurations(arm: Arm, optimizer: str, data: str = "digits") -> list[tuple[float, float | None]]:
+    """Learning rates and second numbers that an arm chooses from: six, whatever the arm; eight for other images."""
+    factor, lower = 10.0 if optimizer == "sgd" else 1.0, () if data == "digits" else LOWER_RATES
+    if arm.second:
+        return [(factor * rate, second) for rate in (*lower[1:], *TWO_RATES) for second in arm.second]
+    return [(factor * rate, None) for rate in (*lower, *RATES)]

@@ -1,0 +1,1 @@
+"""Differentiable quadratic programs beside other layers: ``python -m benchmarks.qp_layers``."""

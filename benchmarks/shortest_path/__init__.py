@@ -1,0 +1,1 @@
+"""Shortest paths: speed and training. ``python -m benchmarks.shortest_path``."""

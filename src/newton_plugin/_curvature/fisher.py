@@ -1,0 +1,247 @@
+"""The empirical Fisher of per-sample gradients, and soft normalisation, its matrix-free end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature.damping import AutoDamping, Damping, _BatchRelative, damping_for
+from newton_plugin._curvature.protocol import (
+    HVP,
+    STRUCTURES,
+    CurvatureStep,
+    Structure,
+    check_groups,
+    check_power,
+    describe,
+)
+from newton_plugin._curvature.refresh import Kept, check_refresh_every
+from newton_plugin._curvature.running_mean import RunningMean
+from newton_plugin._curvature.sizes import form_is_dense, refuse_beyond
+from newton_plugin._errors import check_choice
+from newton_plugin._linalg.damped_inverse import push_through
+from newton_plugin._linalg.large_rows import are_many, divided, gram, row_lengths, summed, take, weighed
+from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, eigenvalues, to_blocks
+from newton_plugin._linalg.sketch import sketch_of_rows
+from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+
+__all__ = ["EmpiricalFisher", "batch_fisher"]
+
+
+def batch_fisher(gradient: Tensor, ranks: Ranks, groups: int, ndim: int) -> Tensor:
+    """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
+    n, m = gradient.shape
+    if ndim == 0:
+        return ranks.mean(row_lengths(gradient).sum(), n * m)
+    if ndim == 1:
+        return ranks.mean(summed(gradient, lambda g: g.square().sum(0)), n)
+    if ndim == 2:
+        return ranks.mean(summed(gradient, lambda g: g.mT @ g), n)
+
+    def by_groups(g: Tensor) -> Tensor:
+        rows = to_blocks(g, groups)
+        return rows.mT @ rows
+
+    return ranks.mean(summed(gradient, by_groups, groups), n // groups)
+
+
+def in_units(squares: Tensor, unit: Tensor | None) -> Tensor:
+    """Sums of squares of gradients, from those of rows ``w g`` and ``unit = w^2`` (None: 1)."""
+    return squares if unit is None else squares / unit
+
+
+class EmpiricalFisher:
+    """``C = 1/N sum_i g_i g_i'``: needs gradients only, is never indefinite.
+
+    Where the loss is a log-likelihood it estimates the Fisher information. It scales with the *square* of
+    the loss, so with power 1 a loss times c gives a step divided by c; an optimizer that normalises (Adam)
+    does not notice.
+
+    Args:
+        structure: "mean", "per_sample", "isotropic", "diagonal" or "block".
+        power: 1, or 0.5 for ``(C + d I)^-1/2 g``.
+        refresh_every: steps for which C and its factorisation are used; 1: C is new at every step.
+
+    With structure "mean" and N < m, C is not formed above 128 features: the step goes through an N x N system in
+    O(N m) memory, and is the same step. Where the damping averages C over batches ("auto"), C is formed up to 256
+    features; above that (and N < m) it is the batch's own C, rescaled to the running mean of its scale.
+
+    Raises:
+        OutputsTooLargeError: at a step whose dense blocks would take more than 2 GiB.
+    """
+
+    needs_hessian = False
+
+    def __init__(self, structure: Structure = "mean", power: float = 1, refresh_every: int = 1) -> None:
+        check_choice("structure", structure, STRUCTURES)
+        self.structure: Structure = structure
+        self.power = check_power(power)
+        self.refresh_every = check_refresh_every(refresh_every, structure)
+        self._mean = RunningMean(nonnegative=True)
+        self._kept = Kept(self.refresh_every, self.power)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    def step(
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        damping: Damping,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        weight: Tensor | None = None,
+    ) -> CurvatureStep:
+        """See :meth:`Curvature.step`; ``hvp`` is not used."""
+        n, m = gradient.shape
+        # Steps are linear in the rows, so their weight is in the sums of squares alone.
+        unit = None if weight is None else weight.square()
+        if self.structure == "per_sample":
+            return self._per_sample(gradient, damping, ranks, unit)
+        if self.structure == "isotropic":
+            return self._isotropic(gradient, damping, ranks, unit)
+        if self.structure != "block":
+            groups = 1
+        check_groups(n, groups)
+        kept = self._kept
+        refreshed = kept.due or not kept.fits(m, groups)
+        if refreshed:
+            if groups == 1 and self.structure in ("mean", "block") and not form_is_dense(n, m, damping, ranks):
+                return self._push_through(gradient, damping, ranks, unit)
+            if groups > 1:
+                asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
+                refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
+            average = damping.averaging
+            ndim = 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
+            c = in_units(batch_fisher(gradient, ranks, groups, ndim), unit)
+            c = self._mean.update(c, average.decay, average.growth)
+            form = (Diagonal if ndim == 1 else Dense)(c, definite=True)
+            norm = self._mean.norm  # asked for again at the next step
+            scale = (lambda: norm() / eigenvalues(c) ** 0.5) if average.decay else form.scale
+            d = damping_for(damping, scale, gradient, finite=average.decay > 0)
+            kept.put(form, d, self._mean.finite, m, groups)
+        return self._from_kept(gradient, damping, refreshed, unit, groups)
+
+    def _from_kept(
+        self, gradient: Tensor, damping: Damping, refreshed: bool, unit: Tensor | None, groups: int = 1
+    ) -> CurvatureStep:
+        inverse, form, d = self._kept.use(gradient.device)
+        own = self._own(gradient, damping)
+        if refreshed and not own and not are_many(gradient):
+            step = inner = inverse(gradient)  # that the gradients are finite is in C
+        else:
+            step, inner = take(inverse, gradient, own, unit, groups)
+        # Of a C that was kept, the ranks know nothing about the gradients of this batch.
+        finite = self._kept.finite
+        return CurvatureStep(step, d, form.matrix, form.extremes, finite=finite, agreed=refreshed, inner=inner)
+
+    def _isotropic(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+        # (c I + own g g' + d I)^-1 g = g / (c + d + own |g|^2), so the |g_i|^2 are all that is needed.
+        n, m = gradient.shape
+        squared = in_units(row_lengths(gradient), unit)
+        total = squared.sum()
+        kept = self._kept
+        refreshed = kept.due or not kept.fits(m, 1)
+        if refreshed:
+            average = damping.averaging
+            c = self._mean.update(ranks.mean(total, n * m), average.decay, average.growth)
+            kept.put(
+                Isotropic(c), damping_for(damping, lambda: c, gradient, average.decay > 0), self._mean.finite, m, 1
+            )
+        form, d = kept.use_form(gradient.device)
+        assert isinstance(form, Isotropic)
+        shifted = form.value + d if self.power == 1 else (form.value + d).sqrt()
+        own = self._own(gradient, damping)
+        # The own term keeps a step finite where its gradient is; of a C that was kept, the ranks know nothing about
+        # the gradients of this batch.
+        bounded = refreshed and own > 0 and type(damping) is AutoDamping
+        return CurvatureStep(
+            divided(gradient, torch.add(shifted, squared, alpha=own) if own else shifted),
+            d,
+            form.matrix,
+            form.extremes,
+            finite=kept.finite,
+            agreed=refreshed,
+            inner=None if bounded else total / shifted,
+            bounded=bounded,
+        )
+
+    def _own(self, gradient: Tensor, damping: Damping) -> float:
+        """Weight of a sample's own ``g g'`` beside C."""
+        return damping.averaging.own / gradient.shape[1] if self.power == 1 and gradient.shape[1] else 0.0
+
+    def streams(self, gradient: Tensor) -> bool:
+        """See :meth:`Curvature.step`. A subclass with a ``step`` of its own made it for gradients as they are."""
+        return are_many(gradient) and type(self).step.__module__ == __name__
+
+    def _per_sample(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+        # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
+        squared = in_units(row_lengths(gradient), unit)
+        d = damping.value(self._running_size(squared, gradient, damping, ranks)[0])
+        by = squared + d if self.power == 1 else (squared + d).sqrt()
+        # Where d > 0 a step is finite if its gradient is.
+        bounded = type(damping) in (AutoDamping, _BatchRelative)
+        rank_deficient = gradient.shape[1] > 1
+        return CurvatureStep(
+            divided(gradient, by),
+            d,
+            None,
+            lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
+            finite=self._mean.finite,
+            agreed=True,
+            inner=None if bounded else squared / by,
+            bounded=bounded,
+            sizes=lambda: (squared.sum(), (squared / by / by).sum()),
+        )
+
+    def _running_size(self, squared: Tensor, gradient: Tensor, damping: Damping, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
+        n, m = gradient.shape
+        own = ranks.mean(squared.sum(), n * max(1, m))
+        average = damping.averaging
+        return self._mean.update(own, average.decay, average.growth), own
+
+    def _push_through(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+        # An m x m running mean would cost more than the rest of the step; the batch's C is rescaled to the running
+        # size instead.
+        rows, own = ranks.rows(gradient)
+        n, m = rows.shape
+        products = in_units(gram(rows), unit)
+        # Of all ranks' rows: nobody need be asked again.
+        size, own_size = self._running_size(products.diagonal(), rows, damping, ONE_PROCESS)
+        weight = torch.where(own_size > 0, size / own_size, 1.0) / n
+        assert self._mean.finite is not None
+        c = torch.where(self._mean.finite, products, 0.0) * weight
+        # G'G and GG' share their eigenvalues.
+        d = damping_for(damping, lambda: torch.linalg.matrix_norm(c) / m**0.5, gradient)
+        if self.refresh_every > 1:
+            # C = weight / unit * rows' rows, by its own factorisation.
+            self._kept.put(sketch_of_rows(rows.to(c.dtype), c, in_units(weight, unit)), d, self._mean.finite, m, 1)
+            return self._from_kept(gradient, damping, True, unit)
+        solved = push_through(c, d, self.power)[own]
+        inner = (solved * products[own]).sum(-1, keepdim=True)
+        share = self._own(gradient, damping)
+        if share:
+            solved = solved / torch.rsub(inner, 1.0, alpha=-share)
+        return CurvatureStep(
+            weighed(solved, rows, products),
+            d,
+            None,
+            lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(c).max()),
+            finite=self._mean.finite,
+            agreed=True,
+            inner=inner,
+            sizes=lambda: (products.diagonal()[own].sum(), ((solved @ products) * solved).sum()),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running mean of C, and the C that is kept for the next steps."""
+        kept = self._kept.state_dict()
+        return self._mean.state_dict() | ({"kept": kept} if kept else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._mean.load_state_dict(state)
+        self._kept.load_state_dict(state.get("kept", {}))

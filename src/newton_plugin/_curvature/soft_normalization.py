@@ -1,0 +1,48 @@
+"""Soft normalisation: the per-sample Fisher at power 1/2, and no matrix."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from newton_plugin._curvature.damping import AutoDamping, Damping, _BatchRelative
+from newton_plugin._curvature.fisher import EmpiricalFisher
+from newton_plugin._curvature.protocol import (
+    HVP,
+    CurvatureStep,
+)
+from newton_plugin._errors import check_positive
+from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+
+__all__ = ["SoftNormalization"]
+
+
+class SoftNormalization(EmpiricalFisher):
+    """``g_i / sqrt(|g_i|^2 + c mean_j |g_j|^2)``: every sample's gradient at about length one.
+
+    The matrix-free end of the family: the per-sample Fisher at power 1/2 with damping relative to the
+    batch. The baseline that any claim for a matrix must beat.
+
+    Args:
+        c: how soft; positive. With ``damping="auto"`` the damping is ``c mean_j |g_j|^2``; any other damping
+            takes its place.
+    """
+
+    def __init__(self, c: float = 0.1) -> None:
+        super().__init__(structure="per_sample", power=0.5)
+        self.c = check_positive("c", c)
+
+    def __repr__(self) -> str:
+        return f"SoftNormalization(c={self.c:g})"
+
+    def step(
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        damping: Damping,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        weight: Tensor | None = None,
+    ) -> CurvatureStep:
+        """See :meth:`Curvature.step`; ``hvp`` is not used."""
+        own = _BatchRelative(self.c * gradient.shape[1]) if isinstance(damping, AutoDamping) else damping
+        return super().step(gradient, hvp, own, ranks, 1, weight)

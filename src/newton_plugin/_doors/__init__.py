@@ -1,0 +1,1 @@
+"""How a loss comes in: as a tensor, as a function, or once."""

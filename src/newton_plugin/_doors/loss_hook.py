@@ -1,0 +1,318 @@
+"""The loss-tensor door: one line between the loss and ``backward()``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1, on_one_path, preconditioned_edges
+from newton_plugin._boundary.by_graph import GraphCut
+from newton_plugin._boundary.by_name import LossCall, ModuleOutput
+from newton_plugin._boundary.finder import BoundaryFinder, Cut
+from newton_plugin._boundary.rows import layout_of
+from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.protocol import Curvature
+from newton_plugin._doors.diagnostics import diagnostics
+from newton_plugin._errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NewtonPluginError,
+    NoBoundaryError,
+    NoGradientError,
+    ShapeError,
+)
+from newton_plugin._runtime.compiler import eager
+from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._step.engine import precondition
+from newton_plugin._step.rule import OnNonfinite, StepRule
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+
+__all__ = ["LossHook"]
+
+# States of boundaries are kept by name and width; a model whose outputs change their width all the time
+# (sequences) does not collect them for ever.
+_MAX_STATES = 64
+
+_NOT_FOUND = "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
+_COMPILED = (
+    "torch.compile has made one operation of network and loss, and the outputs between them are not to be seen. "
+    "Compile the network and not the loss, model = torch.compile(model), or wrap the loss function by npl.newton_loss "
+    "before the whole is compiled."
+)
+
+
+class LossHook:
+    """Newton Losses for a loss that has been computed: ``loss = hook(loss)`` before ``loss.backward()``.
+
+    Works in a plain loop, Fabric or Accelerate, with any scaling of the loss in between. The value of the loss is
+    untouched; what changes is the gradient that enters the network where its outputs meet the loss: the
+    Newton step ``(C + damping I)^-power g`` in place of ``g``.
+
+    Args:
+        curvature: "fisher", "hessian", "norm", "auto", or an instance.
+        damping: a positive number (Tikhonov, in units of C), "auto", or an instance.
+        structure: how much of C is kept: "mean" (the paper's matrix), "per_sample", "isotropic", "diagonal" or "block"
+            (one matrix for each position of a sequence or an image; needs ``feature_dims``). "auto": "isotropic" for
+            Fisher with a relative damping, what no comparison of docs/when-it-helps.md found a matrix to beat; "mean"
+            for a fixed damping, the Hessian and power 0.5.
+        power: 1, or 0.5.
+        reduction: whether the loss is the "mean" or the "sum" over the samples.
+        boundary: "auto" finds the outputs in the autograd graph; otherwise the name of a submodule (its
+            output), of a loss (what it is called with), or a list of names. Names need ``module``.
+        feature_dims: which dimensions of the outputs are features; None: all but the first.
+        on_nonfinite: "keep" leaves a gradient that is not finite as it is, and counts it; "raise" raises
+            (for debugging: it waits for the device at every step).
+        sync: average the curvature over all processes of ``torch.distributed``, if there are several: R ranks then
+            take the step of one process with the whole batch, and all of them must call the hook at every step.
+            False: each rank uses the C of its own samples, and a running mean of its own.
+        module: the model, where ``boundary`` names a part of it; the same as :meth:`attach`.
+
+    Raises:
+        NewtonPluginError: on a wrong argument, naming it.
+
+    Example:
+        >>> import torch, newton_plugin as npl
+        >>> model, hook = torch.nn.Linear(3, 2), npl.LossHook(damping=0.1)
+        >>> x, target = torch.randn(8, 3), torch.randint(0, 2, (8,))
+        >>> loss = hook(torch.nn.functional.cross_entropy(model(x), target))
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        *,
+        curvature: CurvatureName | Curvature = "fisher",
+        damping: float | Literal["auto"] | Damping = "auto",
+        structure: StructureChoice = "auto",
+        power: float = 1,
+        reduction: Reduction = "mean",
+        boundary: str | Sequence[str] = "auto",
+        feature_dims: int | Sequence[int] | None = None,
+        on_nonfinite: OnNonfinite = "keep",
+        sync: bool = True,
+        module: nn.Module | None = None,
+    ) -> None:
+        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
+        self.boundary = boundary
+        self._names = _check_boundary(boundary)
+        self._finders: list[BoundaryFinder] = [] if self._names else [GraphCut()]
+        self._rules: dict[str, StepRule] = {}
+        self._used: list[StepRule] = []
+        self._found_once = False
+        self._skipped = 0
+        self._reported: set[str] = set()
+        if module is not None:
+            self.attach(module)
+
+    def __repr__(self) -> str:
+        parts = [self._settings.describe()] + [f"boundary={self.boundary!r}"] * (self.boundary != "auto")
+        return f"LossHook({', '.join(filter(None, parts))})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps settings and running state; it is attached to no module and knows no last batch."""
+        finders = [] if self._names else [GraphCut()]
+        return {**self.__dict__, "_finders": finders, "_used": []}
+
+    def attach(self, module: nn.Module) -> None:
+        """Tell the hook the model, so that names mean something; registers forward hooks on named submodules.
+
+        Raises:
+            ArgumentError: a boundary's name that the model does not have.
+        """
+        self.detach()
+        if self._names:
+            submodules = dict(module.named_modules())
+            self._finders = [ModuleOutput(n) if n in submodules else LossCall(n) for n in self._names]
+        try:
+            for finder in self._finders:
+                finder.attach(module)
+        except ArgumentError:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Remove everything that :meth:`attach` registered."""
+        for finder in self._finders:
+            finder.detach()
+        if self._names:
+            self._finders = []
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Put this around the forward pass and the loss where ``boundary`` names a method or a function."""
+        with ExitStack() as stack:
+            for finder in self._finders:
+                stack.enter_context(finder.watch())
+            yield
+
+    @eager
+    def __call__(self, loss: Tensor, name: str = "") -> Tensor:
+        """Take the Newton step; return the same tensor, whose backward now sends it.
+
+        Args:
+            loss: one number, with its graph. Under ``torch.no_grad()`` nothing happens.
+            name: tells apart several losses that end at the same layer (a GAN's two at the critic), so that each
+                has a running curvature of its own.
+
+        Raises:
+            NoGradientError: the loss has no graph.
+            NoBoundaryError: at the first call, if no outputs were found under the loss.
+            ShapeError: more than one number.
+            BatchCoupledError, OutputsTooLargeError: see :class:`newton_plugin.Hessian`.
+            RanksDisagreeError: on every rank, if the ranks do not find the same boundaries.
+        """
+        if not isinstance(loss, Tensor):
+            raise ArgumentTypeError(f"loss must be a torch.Tensor; got {type(loss).__name__}.")
+        if loss.numel() != 1:
+            raise ShapeError(
+                f"loss must be one number; got shape {tuple(loss.shape)}. Reduce it first, or wrap the loss "
+                "function by npl.newton_loss, which also takes one loss for each sample."
+            )
+        if not torch.is_grad_enabled():
+            return loss
+        if loss.grad_fn is None:
+            raise NoGradientError(
+                "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
+                "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
+                "the loss on which you would call backward(). Losses of rankings: newton_plugin.algorithms."
+            )
+        stepped = preconditioned_edges(loss.grad_fn)
+        if stepped and not self._names:
+            return loss  # wrapped by newton_loss, or hooked before
+        cut = self._find_together(loss)
+        if stepped:
+            cut.boundaries = [b for b in cut.boundaries if not on_one_path((b.edge.node, b.edge.output_nr), stepped)]
+        if cut.boundaries:
+            self._used = self._rules_of(cut.boundaries, name)
+            precondition(loss, cut.boundaries, self._used, self._settings)
+            self._found_once = True
+        return loss
+
+    def _find_together(self, loss: Tensor) -> Cut:
+        """:meth:`_find`; a rank that has nothing to average says so to those that would wait for it."""
+        ranks = current_ranks(self._settings.sync)
+        try:
+            cut = self._find(loss)
+        except NewtonPluginError as error:
+            ranks.agree(f"{type(error).__name__}: {error}")
+            raise
+        if not cut.boundaries:
+            ranks.agree("no boundary")
+        return cut
+
+    def _find(self, loss: Tensor) -> Cut:
+        if self._names and not self._finders:
+            raise ArgumentError(
+                f"boundary={self.boundary!r} names a part of the model, which the hook does not know. "
+                "Pass it: LossHook(..., module=model)."
+            )
+        cuts = [finder(loss) for finder in self._finders]
+        cut = Cut(
+            _unique([b for c in cuts for b in c.boundaries]),
+            [d for c in cuts for d in c.dropped],
+            [t for c in cuts for t in c.turned],
+            "; ".join(c.seen for c in cuts),
+            any(c.preconditioned for c in cuts),
+        )
+        for dropped in cut.dropped:
+            self._report(f"newton_plugin leaves one boundary out: {dropped}.")
+        if self._settings.feature_dims is not None and cut.turned:
+            self._report(
+                f"newton_plugin counts feature_dims={self._settings.feature_dims} on the outputs as the loss sees "
+                f"them, after a transposition: {'; '.join(cut.turned)}. If you meant the shape before it, name the "
+                "submodule that makes the outputs, boundary='head'; if you meant the shape after it, name the loss."
+            )
+        if cut.preconditioned and cut.boundaries:
+            self._report(
+                "newton_plugin: a part of this loss is wrapped by newton_loss already; the rest of it keeps its "
+                "plain gradient. Wrap the whole loss, or none of it."
+            )
+            cut.boundaries = []
+        if not cut.boundaries and not cut.preconditioned:
+            self._none_found(cut, loss)
+        if not self._found_once and any(is_output_of_fsdp1((b.edge.node, b.edge.output_nr)) for b in cut.boundaries):
+            raise NoBoundaryError(
+                "the outputs come straight from FullyShardedDataParallel, whose hook on them takes the curvature's "
+                "backward pass for the network's. Give the loss a copy, loss_fn(model(x).clone(), ...), or use "
+                "torch.distributed.fsdp.fully_shard (FSDP2), which needs nothing."
+            )
+        return cut
+
+    def _none_found(self, cut: Cut, loss: Tensor) -> None:
+        if self._found_once:
+            self._skipped += 1
+            return
+        dropped = f" Left out: {'; '.join(cut.dropped)}." if cut.dropped else ""
+        raise NoBoundaryError(
+            f"boundary={self.boundary!r} found no outputs under the loss (value of shape {tuple(loss.shape)}). "
+            f"Seen from the loss: {cut.seen}.{dropped} " + (_COMPILED if "CompiledFunction" in cut.seen else _NOT_FOUND)
+        )
+
+    def _report(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+    def _rules_of(self, boundaries: Sequence[Boundary], loss: str) -> list[StepRule]:
+        """One rule for each boundary: a layer that is called twice in one loss has two."""
+        keys: list[str] = []
+        for boundary in boundaries:
+            width = layout_of(boundary.shape, self._settings.features).features
+            key = f"{loss}/{boundary.name}:{width}" if loss else f"{boundary.name}:{width}"
+            times = sum(k.partition("#")[0] == key for k in keys)
+            keys.append(f"{key}#{times + 1}" if times else key)
+        return [self._rule(key) for key in keys]
+
+    def _rule(self, key: str) -> StepRule:
+        if key not in self._rules:
+            while len(self._rules) >= _MAX_STATES:
+                self._rules.pop(next(iter(self._rules)))
+            self._rules[key] = self._settings.build()
+        return self._rules[key]
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about the last step that a backward pass has taken; waits for the device, so call it when you log.
+
+        Returns:
+            "gradient_norm" and "step_norm" (root mean square over the samples), "eig_min" and "eig_max" of C,
+            "damping", and "fallbacks": batches so far that kept their plain gradient or used Fisher in
+            place of the Hessian. With several boundaries: norms together, extremes over all, the largest damping.
+            Empty before the first step.
+        """
+        return diagnostics(self._used, self._rules.values(), self._skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running state of every boundary: plain types and tensors."""
+        return {
+            "rules": {key: rule.state_dict() for key, rule in self._rules.items()},
+            "found_once": self._found_once,
+            "skipped": self._skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self._rules = {key: self._settings.build() for key in state["rules"]}
+        for key, rule in self._rules.items():
+            rule.load_state_dict(state["rules"][key])
+        self._found_once, self._skipped = state["found_once"], state["skipped"]
+
+
+def _check_boundary(boundary: Any) -> list[str]:
+    """The names in ``boundary``; none for "auto"."""
+    names = [boundary] if isinstance(boundary, str) else boundary
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise ArgumentTypeError(f"boundary must be a name or a list of names; got {boundary!r}.")
+    if not names or not all(names):
+        raise ArgumentError(f"boundary must be 'auto' or name at least one part of the model; got {boundary!r}.")
+    if "auto" in names and len(names) > 1:
+        raise ArgumentError(f"boundary='auto' stands alone; got {boundary!r}.")
+    return [] if names[0] == "auto" else list(names)
+
+
+def _unique(boundaries: list[Boundary]) -> list[Boundary]:
+    return list({(b.edge.node, b.edge.output_nr): b for b in boundaries}.values())

@@ -1,0 +1,247 @@
+"""The loss-function door: wrap a loss, or decorate one, and train as before."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from newton_plugin._boundary.autograd_graph import explore, is_preconditioned, make_boundary
+from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.protocol import Curvature
+from newton_plugin._doors.diagnostics import diagnostics
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
+from newton_plugin._runtime.compiler import eager
+from newton_plugin._step.engine import precondition
+from newton_plugin._step.rule import OnNonfinite, StepRule
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+
+__all__ = ["NewtonLoss", "newton_loss"]
+
+
+class NewtonLoss(nn.Module):
+    """A loss function whose backward pass sends the Newton step in place of the gradient.
+
+    Calls go through to ``loss_fn`` and return its value, exactly. Other differentiable arguments keep their plain
+    gradients. Under ``torch.no_grad()``, and in ``eval()`` mode, it is ``loss_fn``.
+
+    Args:
+        loss_fn: a function or module that returns one number, or one for each sample.
+        curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync: see :class:`LossHook`.
+        outputs: which argument holds the model's outputs: a position, a name, or several of them (each then has a
+            curvature of its own). For a method, positions count from the first argument after ``self``.
+
+    Raises:
+        NoGradientError: when called in training mode with outputs that do not require grad.
+        NoBoundaryError: when the loss does not depend on its outputs.
+
+    The running mean behind ``damping="auto"`` is not part of ``state_dict()``: checkpoints are as they were.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *,
+        curvature: CurvatureName | Curvature = "fisher",
+        damping: float | Literal["auto"] | Damping = "auto",
+        structure: StructureChoice = "auto",
+        power: float = 1,
+        reduction: Reduction = "mean",
+        outputs: int | str | Sequence[int | str] = 0,
+        feature_dims: int | Sequence[int] | None = None,
+        on_nonfinite: OnNonfinite = "keep",
+        sync: bool = True,
+    ) -> None:
+        super().__init__()
+        if not callable(loss_fn):
+            raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
+        self.loss_fn = loss_fn
+        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
+        self._outputs = _check_outputs(outputs)
+        self._rules: dict[str, StepRule] = {}
+        self._used: list[StepRule] = []
+        self._clones: WeakKeyDictionary[Any, NewtonLoss] = WeakKeyDictionary()
+        if not isinstance(loss_fn, nn.Module):
+            functools.update_wrapper(self, loss_fn, updated=())  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        """The loss and the arguments that are not defaults."""
+        name = "" if isinstance(self.loss_fn, nn.Module) else getattr(self.loss_fn, "__name__", "loss_fn")
+        outputs = "" if self._outputs == (0,) else f"outputs={self._outputs}"
+        return ", ".join(filter(None, [name, self._settings.describe(), outputs]))
+
+    @eager
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The value of ``loss_fn(*args, **kwargs)``."""
+        if not self.training or not torch.is_grad_enabled():
+            return self.loss_fn(*args, **kwargs)
+        named = {str(which): self._select(which, args, kwargs) for which in self._outputs}
+        for name, y in named.items():
+            if y.retains_grad or y._backward_hooks:
+                # What watches y shall see what enters the network and not our own passes over the loss.
+                named[name] = y.clone()
+                args, kwargs = _replaced(args, kwargs, y, named[name])
+        edges = {name: get_gradient_edge(y) for name, y in named.items()}
+        known = {(e.node, e.output_nr) for e in map(get_gradient_edge, _differentiable(args, kwargs))}
+        loss = self.loss_fn(*args, **kwargs)
+        if not isinstance(loss, Tensor) or loss.grad_fn is None:
+            raise NoGradientError(
+                f"{self._loss_name} returned a value without an autograd graph. Does it detach its outputs, or "
+                "leave torch?"
+            )
+        if is_preconditioned(loss.grad_fn):
+            return loss
+        graph = explore(loss.grad_fn, known.__contains__)
+        boundaries = []
+        for name, edge in edges.items():
+            boundary = make_boundary(name, (edge.node, edge.output_nr), graph)
+            if boundary.consumers:
+                boundaries.append(boundary)
+            elif not graph.preconditioned:
+                raise NoBoundaryError(
+                    f"{self._loss_name} does not depend on outputs={name!r}, the argument of shape "
+                    f"{boundary.shape}. Name the argument that holds the model's outputs, outputs=...."
+                )
+        if boundaries:
+            rules = self._used = [self._rule(b.name) for b in boundaries]
+            precondition(loss, boundaries, rules, self._settings)
+        return loss
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers about the last step, as :meth:`LossHook.diagnostics`; waits for the device."""
+        return diagnostics(self._used, self._rules.values())
+
+    @property
+    def _loss_name(self) -> str:
+        return getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+
+    def _rule(self, name: str) -> StepRule:
+        if name not in self._rules:
+            self._rules[name] = self._settings.build()
+        return self._rules[name]
+
+    def _select(self, which: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        y = self._argument(which, args, kwargs)
+        if not isinstance(y, Tensor):
+            raise ArgumentTypeError(
+                f"outputs={which!r} of {self._loss_name} must be a torch.Tensor; got {type(y).__name__}. Say "
+                "which argument holds the model's outputs, outputs=...."
+            )
+        if not y.requires_grad:
+            raise NoGradientError(
+                f"outputs={which!r} of {self._loss_name} does not require grad: it was detached, computed under "
+                "torch.no_grad(), or is not what the model returned. To evaluate only, call it under "
+                "torch.no_grad() or in eval() mode."
+            )
+        return y
+
+    def _argument(self, which: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(which, str) and which in kwargs:
+            return kwargs[which]
+        if isinstance(which, int) and which < len(args):
+            return args[which]
+        function = self.loss_fn.forward if isinstance(self.loss_fn, nn.Module) else self.loss_fn
+        try:
+            names = list(inspect.signature(function).parameters)
+            name = names[which] if isinstance(which, int) else which
+            return kwargs[name] if name in kwargs else args[names.index(name)]
+        except (IndexError, KeyError, TypeError, ValueError):
+            given = f"{len(args)} positional arguments and {sorted(kwargs)}"
+            raise ArgumentError(
+                f"outputs={which!r} names no argument in this call of {self._loss_name}; it was given {given}."
+            ) from None
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Methods: each object has a running state of its own, and nothing is stored on it."""
+        if instance is None:
+            return self
+        if instance not in self._clones:
+            clone = NewtonLoss(self.loss_fn)
+            clone._settings = self._settings
+            clone._outputs = tuple(w + 1 if isinstance(w, int) else w for w in self._outputs)
+            self._clones[instance] = clone
+        clone = self._clones[instance]
+        clone.train(self.training and getattr(instance, "training", True))
+        return MethodType(clone, instance)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go on from the same state, without those of the objects whose method it is."""
+        return {**{k: v for k, v in self.__dict__.items() if k != "_clones"}, "_used": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._clones = WeakKeyDictionary()
+
+
+def newton_loss(
+    loss_fn: Callable[..., Tensor] | None = None,
+    *,
+    curvature: CurvatureName | Curvature = "fisher",
+    damping: float | Literal["auto"] | Damping = "auto",
+    structure: StructureChoice = "auto",
+    power: float = 1,
+    reduction: Reduction = "mean",
+    outputs: int | str | Sequence[int | str] = 0,
+    feature_dims: int | Sequence[int] | None = None,
+    on_nonfinite: OnNonfinite = "keep",
+    sync: bool = True,
+) -> Any:
+    """Wrap a loss function, ``newton_loss(fn)``, or decorate one, ``@newton_loss(damping=0.1)``.
+
+    Arguments as :class:`NewtonLoss`; works on functions, modules and methods.
+
+    Example:
+        >>> import torch, newton_plugin as npl
+        >>> @npl.newton_loss(curvature="hessian", damping=1.0)
+        ... def squared(outputs, target):
+        ...     return (outputs - target).square().sum(-1).mean()
+        >>> y = torch.tensor([[2.0]], requires_grad=True)
+        >>> squared(y, torch.zeros(1, 1)).backward()
+        >>> y.grad  # 4 / (2 + 1) in place of 4
+        tensor([[1.3333]])
+    """
+    wrap = functools.partial(
+        NewtonLoss,
+        curvature=curvature,
+        damping=damping,
+        structure=structure,
+        power=power,
+        reduction=reduction,
+        outputs=outputs,
+        feature_dims=feature_dims,
+        on_nonfinite=on_nonfinite,
+        sync=sync,
+    )
+    return wrap if loss_fn is None else wrap(loss_fn)
+
+
+def _check_outputs(outputs: Any) -> tuple[int | str, ...]:
+    listed: tuple[Any, ...] = (outputs,)
+    if isinstance(outputs, Sequence) and not isinstance(outputs, str):
+        listed = tuple(outputs)
+    for which in listed:
+        if isinstance(which, bool) or not isinstance(which, (int, str)):
+            raise ArgumentTypeError(
+                f"outputs must be a position, an argument's name, or several of them; got {outputs!r}."
+            )
+        if isinstance(which, int) and which < 0:
+            raise ArgumentError(f"outputs must count from 0; got {outputs!r}.")
+    if not listed:
+        raise ArgumentError("outputs must name at least one argument; got none.")
+    return listed
+
+
+def _replaced(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return tuple(new if a is old else a for a in args), {k: new if a is old else a for k, a in kwargs.items()}
+
+
+def _differentiable(args: Any, kwargs: Any) -> list[Tensor]:
+    values = [*args, *kwargs.values()]
+    return [v for v in values if isinstance(v, Tensor) and v.requires_grad]

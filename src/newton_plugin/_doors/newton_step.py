@@ -1,0 +1,111 @@
+"""The Newton step in output space, as a function: ``z* = y - (C + damping I)^-1 grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from newton_plugin._boundary.autograd_graph import LossGraph, explore, make_boundary
+from newton_plugin._boundary.rows import RowLayout
+from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.protocol import Curvature
+from newton_plugin._errors import NoGradientError, check_floating
+from newton_plugin._step.engine import take_steps
+from newton_plugin._step.rule import OnNonfinite
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+
+__all__ = ["NewtonStep", "newton_step"]
+
+
+class NewtonStep(NamedTuple):
+    """What :func:`newton_step` returns.
+
+    Attributes:
+        step: ``(C + damping I)^-power g_i``, in the shape and dtype of the outputs.
+        target: ``z* = outputs - step``.
+        gradient: ``g_i``, the gradient of each sample's own loss, in the shape of the outputs.
+        curvature: C: (m, m), (N, m, m), no dimensions if isotropic; None where it was never formed.
+        damping: what was added to it; no dimensions.
+    """
+
+    step: Tensor
+    target: Tensor
+    gradient: Tensor
+    curvature: Tensor | None
+    damping: Tensor
+
+
+def newton_step(
+    loss_fn: Callable[..., Tensor],
+    outputs: Tensor,
+    *args: Any,
+    curvature: CurvatureName | Curvature = "fisher",
+    damping: float | Literal["auto"] | Damping = "auto",
+    structure: StructureChoice = "auto",
+    power: float = 1,
+    reduction: Reduction = "mean",
+    feature_dims: int | Sequence[int] | None = None,
+    on_nonfinite: OnNonfinite = "raise",
+    loss_kwargs: Mapping[str, Any] | None = None,
+) -> NewtonStep:
+    """One Newton step of ``loss_fn(outputs, *args)`` with respect to ``outputs`` (Petersen et al. 2024, eq. 3).
+
+    Any loss that autograd can differentiate will do: it is evaluated once and its own graph is differentiated, with
+    closed forms for ``mse_loss``, ``cross_entropy`` and ``binary_cross_entropy_with_logits``.
+
+    Args:
+        loss_fn: returns one number, the mean or sum of the samples' losses, or one number for each sample.
+        outputs: y, (N, ...); need not require grad.
+        *args: further arguments of ``loss_fn``.
+        curvature, damping, structure, power, reduction, feature_dims: see :class:`LossHook`. Nothing is
+            remembered from call to call, nothing is shared between processes: damping "auto" is relative to
+            this batch's C alone.
+        on_nonfinite: "raise", or "keep" to return the gradient as the step.
+        loss_kwargs: keyword arguments of ``loss_fn``.
+
+    Raises:
+        ShapeError: outputs without a batch dimension; a loss that is neither one number nor one per sample.
+        NonFiniteError: NaN or infinite gradients.
+        SingularCurvatureError: damping too small to invert C.
+        BatchCoupledError: a Hessian is asked for, and the loss mixes the samples of the batch.
+        NoGradientError: the loss does not depend on the outputs.
+
+    Example, a quadratic loss solved in one step:
+        >>> import torch, newton_plugin as npl
+        >>> y, t = torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 1.0]])
+        >>> npl.newton_step(torch.nn.functional.mse_loss, y, t, curvature="hessian", damping=1e-9).target
+        tensor([[1., 1.]])
+    """
+    check_floating("outputs", outputs)
+    settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync=False)
+    layout = RowLayout(tuple(outputs.shape), settings.features)  # before the loss is run
+    kwargs = dict(loss_kwargs or {})
+    y = outputs.detach().requires_grad_()
+    with torch.enable_grad():
+        y = y.clone()  # a loss may work in place
+        edge = get_gradient_edge(y)
+        loss = loss_fn(y, *args, **kwargs)
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise NoGradientError(
+            "loss_fn returned a value that does not depend on outputs (no autograd graph). Does it detach them, or "
+            "leave torch?"
+        )
+    assert loss.grad_fn is not None or loss is y
+    at = (edge.node, edge.output_nr)
+    graph = explore(loss.grad_fn, at.__eq__) if loss.grad_fn is not None else LossGraph()
+    boundary = make_boundary("outputs", at, graph)
+    rule = settings.build()
+    (taken,), _ = take_steps(loss, [boundary], [rule], settings)
+    step = layout.from_rows(taken.step.to(outputs.dtype))
+    last = rule.last
+    return NewtonStep(
+        step,
+        outputs.detach() - step,
+        layout.from_rows(taken.gradient),
+        None if last is None else last.matrix,
+        torch.zeros(()) if last is None else last.damping,
+    )

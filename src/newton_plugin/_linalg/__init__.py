@@ -1,0 +1,1 @@
+"""Symmetric matrices in every form they are stored in, and their damped inverses."""

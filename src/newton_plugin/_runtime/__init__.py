@@ -1,0 +1,1 @@
+"""What torch runs in: several processes, CUDA graphs, the compiler, Fabric."""

@@ -1,0 +1,1 @@
+"""The step of one loss, and how it enters the network."""

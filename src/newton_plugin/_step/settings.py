@@ -1,0 +1,105 @@
+"""The arguments that all doors share: validated once, and made into rules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from newton_plugin._boundary.rows import check_feature_dims
+from newton_plugin._curvature.auto import AutoCurvature
+from newton_plugin._curvature.damping import AutoDamping, Damping, resolve_damping
+from newton_plugin._curvature.fisher import EmpiricalFisher
+from newton_plugin._curvature.hessian import Hessian
+from newton_plugin._curvature.protocol import STRUCTURES, Curvature, Structure, check_power
+from newton_plugin._curvature.soft_normalization import SoftNormalization
+from newton_plugin._errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_choice,
+)
+from newton_plugin._step.rule import OnNonfinite, StepRule
+
+__all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "resolve_curvature"]
+
+
+CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
+
+
+StructureChoice = Literal["auto"] | Structure
+
+
+Reduction = Literal["mean", "sum"]
+
+
+_CURVATURES = ("fisher", "hessian", "norm", "auto")
+
+
+def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Damping) -> Curvature:
+    """A name or an instance, as an instance; see :class:`newton_plugin.LossHook` for structure "auto"."""
+    check_choice("structure", structure, ("auto", *STRUCTURES))
+    power = check_power(power)
+    if isinstance(curvature, str):
+        check_choice("curvature", curvature, _CURVATURES)
+        if curvature == "norm":
+            return SoftNormalization()
+        kind = {"fisher": EmpiricalFisher, "hessian": Hessian, "auto": AutoCurvature}[curvature]
+        if structure == "auto":
+            relative = kind is EmpiricalFisher and power == 1 and isinstance(damping, AutoDamping)
+            structure = "isotropic" if relative else "mean"
+        return kind(structure, power)
+    if isinstance(curvature, Curvature) and not isinstance(curvature, type):
+        if structure not in ("auto", "mean") or power != 1:
+            raise ArgumentError(
+                f"structure and power belong to the instance when curvature is one; got {curvature!r} with "
+                f"structure={structure!r}, power={power:g}. Give them to its constructor."
+            )
+        return copy.deepcopy(curvature)
+    raise ArgumentTypeError(
+        f"curvature must be one of {', '.join(map(repr, _CURVATURES))} or an instance such as npl.Hessian(); "
+        f"got {curvature!r} of type {type(curvature).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """The arguments that all entrances share, validated once; :meth:`build` makes a rule for one boundary."""
+
+    curvature: CurvatureName | Curvature = "fisher"
+    damping: float | Literal["auto"] | Damping = "auto"
+    structure: StructureChoice = "auto"
+    power: float = 1
+    reduction: Reduction = "mean"
+    feature_dims: int | Sequence[int] | None = None
+    on_nonfinite: OnNonfinite = "keep"
+    sync: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sync, bool):
+            raise ArgumentTypeError(
+                f"sync must be True or False; got {self.sync!r} of type {type(self.sync).__name__}. True averages "
+                "the curvature over all processes of a distributed run."
+            )
+        check_choice("reduction", self.reduction, ("mean", "sum"))
+        check_choice("on_nonfinite", self.on_nonfinite, ("keep", "raise"))
+        object.__setattr__(self, "feature_dims", check_feature_dims(self.feature_dims))
+        self.build()
+
+    def build(self) -> StepRule:
+        """A rule with a running state of its own."""
+        damping = copy.deepcopy(resolve_damping(self.damping))
+        return StepRule(
+            resolve_curvature(self.curvature, self.structure, self.power, damping), damping, self.on_nonfinite
+        )
+
+    @property
+    def features(self) -> tuple[int, ...] | None:
+        """The feature dimensions as a tuple."""
+        return self.feature_dims  # type: ignore[return-value]  # made one when they were checked
+
+    def describe(self) -> str:
+        """The arguments that differ from their defaults, for ``repr``."""
+        defaults = RuleSettings.__dataclass_fields__
+        shown = {k: getattr(self, k) for k in defaults}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if v != defaults[k].default)

@@ -1,0 +1,1 @@
+"""Solvers that autograd cannot see through: smoothed, perturbed, with Fenchel-Young losses."""

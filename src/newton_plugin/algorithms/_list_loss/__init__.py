@@ -1,0 +1,1 @@
+"""The ranking loss of one list with its derivatives written out."""

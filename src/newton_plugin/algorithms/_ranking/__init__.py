@@ -1,0 +1,1 @@
+"""Losses and measures of rankings, made of the sorts."""

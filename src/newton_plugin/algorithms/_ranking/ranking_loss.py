@@ -1,0 +1,168 @@
+"""RankingLoss: learn scores when only their order is known.
+
+A sorting relaxation turns scores into a soft permutation matrix ``P``; the order that was observed is a
+permutation matrix ``T``. The loss is the mean binary cross-entropy of the n*n entries::
+
+    -1/n^2 sum_ij  T_ij log P_ij + (1 - T_ij) log(1 - P_ij)
+
+Both logarithms come from the method itself, never from ``P``: see ``_log_domain`` and ``_sorting_network``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin._derivatives.closed_forms import with_hessian
+from newton_plugin._errors import ArgumentTypeError, ShapeError, check_choice, check_floating
+from newton_plugin.algorithms._list_loss.function import ListLoss, Ranking, plain_list_loss
+from newton_plugin.algorithms._log_domain import wide
+from newton_plugin.algorithms._sorting.methods import LogProbabilities, Method, matrix, resolve
+
+__all__ = ["RankingLoss"]
+
+
+class RankingLoss(torch.nn.Module):
+    r"""Mean binary cross-entropy between a soft permutation matrix and the true one.
+
+    .. math:: \ell = -\frac1{n^2}\sum_{ij} T_{ij}\log P_{ij} + (1 - T_{ij})\log(1 - P_{ij})
+
+    Args:
+        method: ``"neural_sort"``, ``"soft_sort"``, ``"sorting_network"`` (or the function or class itself),
+            with keyword arguments; an object whose ``log_probabilities(scores)`` gives log P and log(1 - P),
+            such as a ``SortingNetwork``; or any callable ``scores -> P``. Only the last is not in the log
+            domain: it gets PyTorch's ``binary_cross_entropy`` on ``P``, which clips logarithms at -100 and
+            whose float32 gradients explode on saturated wrong orders.
+        reduction: ``"mean"`` or ``"sum"`` over the lists, or ``"none"`` (one value per list).
+        **kwargs: given to the method, e.g. ``temperature=0.1`` or ``layout="bitonic", steepness=20.0``.
+
+    Call it with scores (..., n), ranks (..., n), integers with 0 = smallest, and, for lists of different
+    lengths in one batch, a boolean mask (..., n) that is true where there is an element. Masked entries may
+    hold anything; each list then has the loss it has alone (its own n*n), and every list counts the same. The
+    result is a scalar, or (...,) for ``"none"``, in the dtype of the scores (float32 for half precision).
+
+    **Ties in the ranks** (``[0, 1, 1, 3]``, or ``[0, 1, 1, 2]``: only the order of the integers counts).
+    ``T`` is then the mean over all orders that break the ties, so the loss is the expected loss under a
+    random breaking.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, ShapeError: a method, dtype or shape that does not fit.
+
+    Source: Grover et al., ICLR 2019 (NeuralSort); Petersen et al., "Differentiable sorting networks for
+    scalable sorting and ranking supervision", ICML 2021, section 3 (this loss).
+
+    >>> loss = RankingLoss("neural_sort", temperature=1.0)
+    >>> ranks = torch.tensor([[0, 1]])
+
+    Two scores d apart in the right order have four entries of P equal to s = 1/(1 + exp(-d)) or 1 - s, each
+    with the loss log(1 + exp(-d)); in the wrong order it is log(1 + exp(d)), at any distance:
+
+    >>> round(loss(torch.tensor([[0.0, 1.0]]), ranks).item(), 4)  # log(1 + exp(-1))
+    0.3133
+    >>> loss(torch.tensor([[1e6, 0.0]]), ranks).item()
+    1000000.0
+    """
+
+    def __init__(self, method: Method = "neural_sort", *, reduction: str = "mean", **kwargs: Any) -> None:
+        super().__init__()
+        check_choice("reduction", reduction, ("mean", "sum", "none"))
+        self.reduction = reduction
+        self.method = resolve(method, kwargs)
+
+    def extra_repr(self) -> str:
+        own = "" if isinstance(self.method, torch.nn.Module) else f"{self.method!r}, "
+        return f"{own}reduction={self.reduction!r}"
+
+    def forward(self, scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of ``scores`` (..., n) given ``ranks`` (..., n)."""
+        _check(scores, ranks, mask)
+        hessian: Callable[[], Tensor] | None = None
+        if scores.shape[-1] == 1:
+            loss = 0.0 * torch.nan_to_num(scores.squeeze(-1))  # one element is always in order
+        elif isinstance(self.method, LogProbabilities):
+            loss, hessian = self._lists(scores, ranks, mask)
+        else:
+            loss = self._of_matrix(scores, ranks, mask)
+        count = loss.numel()
+        if self.reduction == "mean":
+            loss = loss.mean()
+        elif self.reduction == "sum":
+            loss = loss.sum()
+        loss = loss.to(torch.float32 if scores.element_size() < 4 else scores.dtype)
+        if hessian is None or scores.ndim != 2:
+            return loss
+        of_each = hessian
+        return with_hessian(loss, scores, lambda: of_each().div_(count if self.reduction == "mean" else 1))
+
+    def _lists(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """The loss of each list, (...,), and what gives their Hessians, if the method can and somebody might ask."""
+        lengths = order = None
+        if mask is not None:
+            # Present elements first, in their order; then a list of length m is the first m places.
+            order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
+            scores = scores.masked_fill(~mask, 0.0).gather(-1, order)
+            ranks = ranks.long().masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
+            lengths = mask.sum(-1)
+        target = _targets(ranks)
+        needed = torch.is_grad_enabled() and scores.requires_grad
+        if not needed or torch.compiler.is_compiling() or not isinstance(self.method, Ranking):
+            return plain_list_loss(self.method, scores, target, lengths), None
+        shape, seen = scores.shape, []
+        flat = (scores.unsqueeze(0).flatten(0, -2), target.unsqueeze(0).flatten(0, -3))
+        with torch.autocast(scores.device.type, enabled=False):
+            loss, _ = ListLoss.apply(*flat, None if lengths is None else lengths.flatten(), self.method, seen)
+        loss = loss.reshape(shape[:-1])
+        if not seen:  # inside a transform of torch.func, which asks for derivatives in its own way
+            return loss, None
+        hessian = seen[0].hessian
+        return loss, hessian if order is None else lambda: _reordered(hessian(), order)
+
+    def _of_matrix(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            raise ArgumentTypeError(
+                f"mask needs a method that knows list lengths; got the callable {self.method!r}. "
+                "Use one of the methods given by name."
+            )
+        p = matrix(self.method, scores)
+        target = _targets(ranks).to(p.dtype)
+        return torch.nn.functional.binary_cross_entropy(p.clamp(0, 1), target, reduction="none").mean((-2, -1))
+
+
+def _reordered(hessian: Tensor, order: Tensor) -> Tensor:
+    """Row and column k to where ``order`` has them from."""
+    back = order.argsort(-1).unsqueeze(-1).expand_as(hessian)
+    return hessian.gather(-2, back).gather(-1, back.mT)
+
+
+def _targets(ranks: Tensor) -> Tensor:
+    # Position i holds the element whose rank equals the i-th smallest rank; with ties several do, equally.
+    hit = ranks.sort(dim=-1).values.unsqueeze(-1) == ranks.unsqueeze(-2)
+    return wide(hit) / hit.sum(-1, keepdim=True)
+
+
+def _check(scores: Tensor, ranks: Tensor, mask: Tensor | None) -> None:
+    check_floating("scores", scores)
+    if not isinstance(ranks, Tensor) or ranks.is_floating_point() or ranks.is_complex():
+        raise ArgumentTypeError(
+            f"ranks must be a tensor of integers, 0 = smallest; "
+            f"got {ranks.dtype if isinstance(ranks, Tensor) else type(ranks).__name__}. "
+            "From values, take values.argsort(-1).argsort(-1)."
+        )
+    if scores.ndim == 0 or scores.shape[-1] == 0 or scores.shape != ranks.shape:
+        raise ShapeError(
+            f"scores and ranks must have the same shape (..., n), n >= 1; got {tuple(scores.shape)} and "
+            f"{tuple(ranks.shape)}. A scorer that ends in Linear(..., 1) needs .squeeze(-1)."
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise ArgumentTypeError(
+            f"mask must be a boolean tensor, true where there is an element; "
+            f"got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}."
+        )
+    if mask is not None and mask.shape != scores.shape:
+        raise ShapeError(
+            f"mask must have the shape of the scores; got {tuple(mask.shape)} and {tuple(scores.shape)}. "
+            "From lengths: torch.arange(n) < lengths.unsqueeze(-1)."
+        )

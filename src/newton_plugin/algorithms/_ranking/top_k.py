@@ -1,0 +1,54 @@
+"""soft_top_k: which elements are the k largest, and in which order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from newton_plugin._errors import ArgumentError, ArgumentTypeError
+from newton_plugin.algorithms._list_loss.chunks import check_scores
+from newton_plugin.algorithms._sorting.methods import Method, matrix, resolve
+
+__all__ = ["check_k", "soft_top_k"]
+
+
+def soft_top_k(
+    scores: Tensor, k: int, method: Method = "neural_sort", *, largest: bool = True, **kwargs: Any
+) -> Tensor:
+    """The rows of the soft permutation matrix that belong to the k largest (or smallest) elements.
+
+    Only these rows are computed: O(k n) for NeuralSort and SoftSort; for a sorting network k unit vectors go
+    back through the layers. Sum the rows for a soft membership in the top k.
+
+    Args:
+        scores: (..., n), floating point.
+        k: 1 <= k <= n.
+        method, **kwargs: as in ``RankingLoss``; of another callable, all of P is computed and cut.
+        largest: row 0 is the largest element; if false, the smallest.
+
+    Returns:
+        (..., k, n): rows sum to one; towards temperature 0, ``soft_top_k(x, k) @ x`` is ``torch.topk(x, k)``.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: k is not an integer from 1 to n.
+
+    Source: Grover et al., ICLR 2019, section 6.3 (top-k by rows of P).
+
+    >>> import torch
+    >>> x = torch.tensor([3.0, 1.0, 2.0])
+    >>> (soft_top_k(x, 2, temperature=0.01) @ x).tolist()
+    [3.0, 2.0]
+    """
+    check_scores(scores)
+    check_k(k, scores.shape[-1])
+    built = resolve(method, kwargs)
+    return matrix(built, -scores if largest else scores, k)
+
+
+def check_k(k: int, n: int) -> None:
+    """Raise unless 1 <= k <= n."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise ArgumentTypeError(f"k must be an int; got {k!r}.")
+    if not 1 <= k <= n:
+        raise ArgumentError(f"k must be from 1 to the length of the lists, {n}; got {k}.")

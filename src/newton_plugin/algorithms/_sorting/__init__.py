@@ -1,0 +1,1 @@
+"""NeuralSort, SoftSort, and the table in which a sort is registered (methods.py)."""

@@ -1,0 +1,151 @@
+r"""The hypergradient at one point, and how its linear system is solved.
+
+Let ``y*(x)`` minimise G(x, .). Its stationarity ``grad_y G(x, y*) = 0``, differentiated in x, gives
+``D_x y* = -(D2_yy G)^-1 D2_yx G``, and the chain rule for ``F(x, y*(x))``::
+
+    h = grad_x F - D2_xy G v,        v = (D2_yy G)^-1 grad_y F
+
+The methods evaluate this at a y that is not yet ``y*``, with a v that is not yet exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from newton_plugin._errors import NoGradientError
+from newton_plugin.bilevel._hypergradient.oracle import Oracle
+from newton_plugin.bilevel._hypergradient.products import Products, lower_products
+from newton_plugin.bilevel._hypergradient.solvers import (
+    largest_eigenvalue,
+    richardson,
+    stretch,
+    truncated_conjugate_gradients,
+)
+from newton_plugin.bilevel._tensors import axpy, subtract
+
+__all__ = ["Estimate", "LinearSystem", "SolverState"]
+
+Vector = list[Tensor]
+
+
+@dataclass(frozen=True)
+class SolverState:
+    """What a solver carries from step to step.
+
+    Attributes:
+        solution: v, where the solver is "linear".
+        bound: the largest curvature seen so far, no dimensions, where the user gave no scale.
+    """
+
+    solution: Vector | None = None
+    bound: Tensor | None = None
+
+
+@dataclass
+class Estimate:
+    """The hypergradient ``h`` at one point, and by-products.
+
+    Attributes:
+        value: F there, detached.
+        h: in the shapes of x.
+        v: the solution that h was made with, in the shapes of y.
+        state: for the next step.
+        depends_on_x: whether F depends on x directly, so that grad_x F has to be evaluated elsewhere too.
+        lower_gradient: ``grad_y G`` there, if it was asked for. (Not the products: they hold a graph.)
+    """
+
+    value: Tensor
+    h: Vector
+    v: Vector
+    state: SolverState
+    depends_on_x: bool
+    lower_gradient: Vector | None
+
+
+@dataclass(frozen=True)
+class LinearSystem:
+    """How v is found: "neumann", "linear" or "cg", with so many terms and this scale (None: 1/L, estimated)."""
+
+    solver: str
+    terms: int
+    scale: float | None
+    hvp: str
+
+    def estimate(self, oracle: Oracle, state: SolverState, lower_gradient: bool = False) -> Estimate:
+        """h where the parameters are now, from one sample of each closure."""
+        upper = oracle.upper_gradients()
+        products = lower_products(oracle, self.hvp)
+        if self.solver == "linear":
+            v, dxy, state = self._carried(products, upper.y, state)
+        else:
+            v, state = self._solved(products, upper.y, state)
+            dxy = products.upper(v)
+        check_dependence(upper.depends_on_x or products.depends_on_x)
+        gradient = products.gradient if lower_gradient else None
+        return Estimate(upper.value, subtract(upper.x, dxy), v, state, upper.depends_on_x, gradient)
+
+    def again(self, oracle: Oracle, state: SolverState, v: Vector, depends_on_x: bool) -> Vector:
+        """h on the same samples at another point, for STORM.
+
+        "linear" treats v as a variable of its own: h(x, y, v). The v that belongs to the old point is the one
+        used there, so neither ``grad_y F`` nor ``D2_yy G`` is needed, nor F at all if it does not contain x.
+        """
+        if self.solver != "linear":
+            return self.estimate(oracle, state).h
+        dxy = lower_products(oracle, self.hvp).upper(v)
+        if not depends_on_x:
+            return [-t for t in dxy]
+        return subtract(oracle.upper_gradients().x, dxy)
+
+    def _carried(self, products: Products, b: Vector, state: SolverState) -> tuple[Vector, Vector, SolverState]:
+        """v as it was carried here; one step ``v - s (H v - b)`` for the next time, from the same backward pass."""
+        v = state.solution
+        if v is None:  # the first time: as many steps from zero as the user gives terms
+            v, state = self._solved(products, b, state)
+        hv, dxy = products.both(v)
+        if self.scale is None:
+            state = self._raised(state, stretch(hv, v))
+        following = axpy(self._step(state), subtract(b, hv), v)
+        return v, dxy, replace(state, solution=following)
+
+    def _solved(self, products: Products, b: Vector, state: SolverState) -> tuple[Vector, SolverState]:
+        if self.solver == "cg":
+            return truncated_conjugate_gradients(products.lower, b, self.terms), state
+        if self.scale is None and state.bound is None:
+            state = replace(state, bound=largest_eigenvalue(products.lower, b, POWER_ITERATIONS))
+        watch = self.scale is None
+        solution = richardson(products.lower, b, step=self._step(state), terms=self.terms, watch=watch)
+        return solution.v, self._raised(state, solution.stretch)
+
+    def _step(self, state: SolverState) -> float | Tensor:
+        if self.scale is not None:
+            return self.scale
+        assert state.bound is not None
+        return inverse_bound(state.bound)
+
+    def _raised(self, state: SolverState, seen: Tensor | None) -> SolverState:
+        if seen is None:
+            return state
+        bound = seen if state.bound is None else torch.maximum(state.bound.to(seen), seen)
+        return replace(state, bound=bound)
+
+
+POWER_ITERATIONS = 10
+
+
+def inverse_bound(bound: Tensor) -> Tensor:
+    """``1/L``, and 1 where no curvature was seen (then the products are zero and any step will do)."""
+    return torch.where(bound > 0, 1 / bound, 1.0)
+
+
+def check_dependence(depends: bool) -> None:
+    """Raise unless the upper parameters can be felt somewhere."""
+    if not depends:
+        raise NoGradientError(
+            "neither loss depends on upper_params: upper_closure's has no gradient in them, and lower_closure's "
+            "gradient does not contain them. Use the upper parameters, without detach(), in at least one loss (a "
+            "gradient replaced by LossHook is a constant: see docs/bilevel.md)."
+        )

@@ -1,0 +1,1 @@
+"""Stochastic bilevel optimizers: one file each, and what they share (optimizer.py)."""

@@ -1,0 +1,1 @@
+"""The same for one problem at a time, compiled by numba."""

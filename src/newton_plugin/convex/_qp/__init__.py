@@ -1,0 +1,1 @@
+"""solve_qp and BPQPLayer: arguments in, solutions and their derivatives out."""

@@ -1,0 +1,84 @@
+"""The step of ``solve_qp`` that is not differentiated: find the active rows, and factor their system.
+
+Everything that depends smoothly on the data comes from :class:`newton_plugin.convex._system.kkt.KKTSolve` afterwards.
+This is a Function only so that the solver runs on plain tensors, whatever transforms (vmap, grad, jvp) are around.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin.convex._active_set.solve import solve_active_set
+from newton_plugin.convex._solvers.choose import choose
+from newton_plugin.convex._solvers.protocol import Solver
+from newton_plugin.convex._status import report_failures, warn_not_unique
+from newton_plugin.convex._system.problem import Problem
+from newton_plugin.convex._system.transforms import flatten_mapped
+
+__all__ = ["FindActiveSet", "Request"]
+
+
+@dataclasses.dataclass
+class Request:
+    """What the caller asked for, and, afterwards, which solver was chosen."""
+
+    m: int
+    solver: Solver
+    refine: bool | str
+    on_failure: str
+    shape: tuple[int, ...]
+    """Of the batch, for messages."""
+    chosen: list[str] = dataclasses.field(default_factory=list)
+
+
+class FindActiveSet(torch.autograd.Function):
+    """Q, p, C, c -> x, y, status, active, and the seven tensors of Factors; x and y are 0 where not solved."""
+
+    @staticmethod
+    def forward(Q: Tensor, p: Tensor, C: Tensor, c: Tensor, request: Request) -> tuple[Tensor, ...]:  # type: ignore[override]
+        problem = Problem(Q.detach(), p.detach(), C.detach(), c.detach(), request.m)
+        solver = choose(request.solver, problem)
+        request.chosen[:] = [solver.name]
+        claim = solver.active_rows(problem)
+        solved = solve_active_set(problem, request.refine, claim)
+        failed = solved.status != 0
+        report_failures(solved.status, request.on_failure, request.shape)
+        if not bool(solved.unique.all()):
+            warn_not_unique(~solved.unique & ~failed, request.shape)
+        x = solved.x.masked_fill(failed.unsqueeze(-1), 0.0)
+        y = solved.y.masked_fill(failed.unsqueeze(-1), 0.0)
+        return x, y, solved.status, solved.active, *solved.factors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[None, ...]:
+        return (None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
+        return (None,) * 11
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        batch = args[1].shape[0] if in_dims[1] is None else args[1].movedim(in_dims[1], 0).shape[1]
+        flat = [
+            flatten_mapped(value, dim, size, batch, 2 if i in (0, 2) else None)
+            for i, (value, dim) in enumerate(zip(args[:4], in_dims[:4], strict=True))
+        ]
+        request = dataclasses.replace(args[4], shape=(size, *args[4].shape))
+        out = FindActiveSet.apply(*flat, request)
+        # The factor of a shared Q (out[4]) belongs to all.
+        shared = [i == 4 and value.ndim == 2 for i, value in enumerate(out)]
+        dims = tuple(None if alone else 0 for alone in shared)
+        out = tuple(
+            value if alone else value.unflatten(0, (size, batch)) for value, alone in zip(out, shared, strict=True)
+        )
+        return out, dims

@@ -1,0 +1,1 @@
+"""ConvexLayer: any smooth convex program."""
