@@ -10,6 +10,7 @@ output space and train on the quadratic surrogate. Three doors:
 
 from newton_plugin import testing
 from newton_plugin._curvature.damping import AutoDamping, Averaging, Damping, Tikhonov
+from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.fisher import EmpiricalFisher
 from newton_plugin._curvature.hessian import Hessian
 from newton_plugin._curvature.protocol import Curvature, CurvatureStep
@@ -47,6 +48,7 @@ __all__ = [
     "CurvatureStep",
     "Damping",
     "EmpiricalFisher",
+    "Finiteness",
     "Hessian",
     "LossHook",
     "NewtonLoss",

@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 import newton_plugin as npl
 from newton_plugin._boundary.autograd_graph import explore, make_boundary
 from newton_plugin._boundary.rows import RowLayout
-from newton_plugin._derivatives.closed_forms import find_form
+from newton_plugin._derivatives.closed_forms import find_closed_form
 
 G = torch.Generator().manual_seed(0)
 Y = torch.randn(7, 4, generator=G, dtype=torch.float64)
@@ -81,7 +81,7 @@ def form_of(loss_of: Loss, y: Tensor, feature_dims: tuple[int, ...] | None = Non
     at = (edge.node, edge.output_nr)
     assert loss.grad_fn is not None
     boundary = make_boundary("y", at, explore(loss.grad_fn, at.__eq__))
-    return find_form(loss.grad_fn, boundary, RowLayout(tuple(y.shape), feature_dims))
+    return find_closed_form(loss.grad_fn, boundary, RowLayout(tuple(y.shape), feature_dims))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

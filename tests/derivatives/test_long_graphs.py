@@ -12,7 +12,7 @@ from torch import Tensor
 
 import newton_plugin as npl
 from newton_plugin._boundary.autograd_graph import elements_between
-from newton_plugin._derivatives import hessian_sums
+from newton_plugin._derivatives import sample_hessians
 
 N, M = 4, 70  # so many that the graph is looked at
 
@@ -62,7 +62,7 @@ def test_a_long_graph_takes_fewer_vectors_and_gives_the_same_step(
 ) -> None:
     loss, y = chain(12), outputs()
     size = graph_of(loss, y)
-    monkeypatch.setattr(hessian_sums, "_GRAPH_ELEMENTS", int(share * size))
+    monkeypatch.setattr(sample_hessians, "_GRAPH_ELEMENTS", int(share * size))
     taken = npl.newton_step(loss, y, curvature="hessian", structure=structure, damping=0.5)
     products = at_once[1:]  # the first asks whether the samples are coupled
     # A little may be in one graph and not in the other: the copy that newton_step makes of the outputs.
@@ -97,7 +97,7 @@ def test_the_probes_of_a_sketch_are_taken_in_parts_too(monkeypatch: pytest.Monke
     y = torch.randn(2, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     together = npl.newton_step(chain(5), y, curvature="hessian", damping=0.5).step
     assert at_once == [2, 32]
-    monkeypatch.setattr(hessian_sums, "_GRAPH_ELEMENTS", 1)  # less than a single vector makes
+    monkeypatch.setattr(sample_hessians, "_GRAPH_ELEMENTS", 1)  # less than a single vector makes
     apart = npl.newton_step(chain(5), y, curvature="hessian", damping=0.5).step
     assert at_once[2:] == [2] + 32 * [1]
     assert twins.relative_error(apart, together) <= 1e-10

@@ -43,9 +43,9 @@ ARGUMENTS = [
     (
         {"damping": "automatic"},
         ValueError,
-        r"damping must be .*, 'auto' or an object .*; got 'automatic'",
+        r"damping must be .*, 'auto' or an instance .*; got 'automatic'",
     ),
-    ({"damping": []}, TypeError, r"damping must be a positive number, 'auto' or an object with the Damping protocol"),
+    ({"damping": []}, TypeError, r"damping must be a positive number, 'auto' or an instance of npl\.Damping"),
     ({"reduction": "none"}, ValueError, r"reduction must be one of 'mean', 'sum'; got 'none'"),
     ({"feature_dims": "1"}, TypeError, r"feature_dims must be None, an integer or a sequence of integers; got '1'"),
     ({"feature_dims": []}, ValueError, r"feature_dims must name at least one dimension"),
@@ -123,9 +123,7 @@ def test_wrong_input_is_named(make: Any, kind: type[Exception], match: str) -> N
 
 
 def test_singular_curvature_is_an_error_where_it_is_asked_for() -> None:
-    class Nothing:
-        averaging = npl.Averaging()
-
+    class Nothing(npl.Damping):
         def value(self, scale: Tensor) -> Tensor:
             return torch.zeros_like(scale)
 

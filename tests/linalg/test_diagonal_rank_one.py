@@ -15,12 +15,12 @@ import newton_plugin as npl
 from newton_plugin._curvature.protocol import CurvatureStep
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._linalg.diagonal_low_rank import DiagonalLowRank
-from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne, sample_squares, solve_samples
+from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
 
 quick = settings(deadline=None, derandomize=True, max_examples=30)
 
 
-def softmax_form(n: int, m: int, seed: int) -> tuple[Tensor, DiagonalRankOne]:
+def softmax_hessians(n: int, m: int, seed: int) -> tuple[Tensor, DiagonalRankOne]:
     """Gradients, and cross-entropy's Hessians ``a (diag(p) - p p')`` with one sample ignored."""
     generator = torch.Generator().manual_seed(seed)
     y, t = torch.randn(2, n, m, generator=generator, dtype=torch.float64)
@@ -30,7 +30,7 @@ def softmax_form(n: int, m: int, seed: int) -> tuple[Tensor, DiagonalRankOne]:
     return a.unsqueeze(-1) * (p - torch.softmax(t, -1)), DiagonalRankOne(a.unsqueeze(-1) * p, a, p)
 
 
-def indefinite_form(n: int, m: int, seed: int) -> tuple[Tensor, DiagonalRankOne]:
+def indefinite_hessians(n: int, m: int, seed: int) -> tuple[Tensor, DiagonalRankOne]:
     generator = torch.Generator().manual_seed(seed)
     g, p = torch.randn(2, n, m, generator=generator, dtype=torch.float64)
     diagonal = torch.randn(n, m, generator=generator, dtype=torch.float64)
@@ -51,7 +51,7 @@ def low_rank(diagonal: Tensor, rows: Tensor) -> DiagonalLowRank:
 
 
 def step(g: Tensor, form: DiagonalRankOne, structure: Any, power: float, damping: float) -> CurvatureStep:
-    return npl.Hessian(structure, power).step(g, SampleHessians.of_form(form), npl.Tikhonov(damping))
+    return npl.Hessian(structure, power).step(g, SampleHessians.of_rank_one(form), npl.Tikhonov(damping))
 
 
 @quick
@@ -61,7 +61,7 @@ def step(g: Tensor, form: DiagonalRankOne, structure: Any, power: float, damping
     seed=st.integers(0, 1000),
     structure=st.sampled_from(["mean", "per_sample", "isotropic"]),
     power=st.sampled_from([1, 0.5]),
-    make=st.sampled_from([softmax_form, indefinite_form]),
+    make=st.sampled_from([softmax_hessians, indefinite_hessians]),
 )
 def test_every_structure_equals_the_dense_definition(
     n: int, m: int, seed: int, structure: str, power: float, make: Any
@@ -75,13 +75,13 @@ def test_every_structure_equals_the_dense_definition(
 
 @pytest.mark.parametrize("structure", ["mean", "per_sample"])
 @pytest.mark.parametrize("power", [1, 0.5])
-@pytest.mark.parametrize("make", [softmax_form, indefinite_form])
+@pytest.mark.parametrize("make", [softmax_hessians, indefinite_hessians])
 @pytest.mark.parametrize("damping", [0.1, 1e-5])
 def test_wide_outputs_where_no_matrix_is_formed(structure: Any, power: float, make: Any, damping: float) -> None:
     g, form = make(5, 200, 1)
     taken = step(g, form, structure, power, damping)
     theirs = twins.step(g, dense(form, 5, 200), "hessian", structure, power, damping)
-    if structure == "per_sample" or make is softmax_form:  # a mean with negative weights is formed
+    if structure == "per_sample" or make is softmax_hessians:  # a mean with negative weights is formed
         assert taken.matrix is None
     assert twins.relative_error(taken.step, theirs) <= 1e-9
     low, high = taken.extremes()
@@ -93,8 +93,8 @@ def test_wide_outputs_where_no_matrix_is_formed(structure: Any, power: float, ma
 
 def test_automatic_damping_where_no_matrix_is_formed() -> None:
     """One batch, so the running mean is its own C; above 256 features the mean goes by Woodbury."""
-    g, form = softmax_form(6, 300, 2)
-    taken = npl.Hessian().step(g, SampleHessians.of_form(form), npl.AutoDamping(0.3))
+    g, form = softmax_hessians(6, 300, 2)
+    taken = npl.Hessian().step(g, SampleHessians.of_rank_one(form), npl.AutoDamping(0.3))
     c = dense(form, 6, 300).mean(0)
     d = 0.3 * float(torch.linalg.matrix_norm(c)) / 300**0.5
     assert abs(float(taken.damping) - d) <= 1e-10 * d
@@ -105,9 +105,9 @@ def test_a_second_batch_is_rescaled_to_the_running_scale() -> None:
     curvature, damping = npl.Hessian(), npl.AutoDamping(0.3, decay=0.9, floor=0)
     scales = []
     for seed in (2, 3):
-        g, form = softmax_form(6, 300, seed)
+        g, form = softmax_hessians(6, 300, seed)
         form = DiagonalRankOne(seed * form.diagonal, seed * form.weight, form.vector)  # type: ignore[operator]
-        taken = curvature.step(g, SampleHessians.of_form(form), damping)
+        taken = curvature.step(g, SampleHessians.of_rank_one(form), damping)
         c = dense(form, 6, 300).mean(0)
         scales.append(float(torch.linalg.matrix_norm(c)) / 300**0.5)
     running = (0.9 * scales[0] + scales[1]) / 1.9
@@ -130,7 +130,7 @@ def test_a_pure_diagonal() -> None:
 
 def test_a_mean_that_the_batch_weights_make_indefinite() -> None:
     """A class with a negative weight: no square root for Woodbury, and the repair of the dense twin all the same."""
-    g, form = softmax_form(5, 200, 4)
+    g, form = softmax_hessians(5, 200, 4)
     assert form.weight is not None
     signs = torch.tensor([1.0, -1, 1, -1, 1], dtype=torch.float64)
     form = DiagonalRankOne(signs.unsqueeze(-1) * form.diagonal, signs * form.weight, form.vector)
@@ -139,9 +139,9 @@ def test_a_mean_that_the_batch_weights_make_indefinite() -> None:
 
 
 def test_scales_do_not_need_a_matrix() -> None:
-    g, form = indefinite_form(3, 17, 0)
+    g, form = indefinite_hessians(3, 17, 0)
     h = dense(form, 3, 17)
-    assert twins.relative_error(sample_squares(form, 3, 17), h.square().sum((1, 2))) <= 1e-12
+    assert twins.relative_error(form.squared_norms(), h.square().sum((1, 2))) <= 1e-12
     c = low_rank(form.diagonal[0], g)
     theirs = torch.linalg.matrix_norm(torch.diag(form.diagonal[0]) - g.T @ g) / 17**0.5
     assert abs(float(c.scale() - theirs)) <= 1e-12 * float(theirs)
@@ -149,10 +149,10 @@ def test_scales_do_not_need_a_matrix() -> None:
 
 def test_repairs_too_large_for_a_matrix() -> None:
     """Descent and the bound |step| <= |g| / d, whatever the weights; two-thousand features, no m x m."""
-    g, form = indefinite_form(4, 2000, 5)
+    g, form = indefinite_hessians(4, 2000, 5)
     d = torch.tensor(0.1, dtype=torch.float64)
     mean = low_rank(form.diagonal[0], g)
-    for solved in (solve_samples(form, d, g, 1), mean.inverse(d, 1)(g)):
+    for solved in (form.inverse_times(g, d, 1), mean.inverse(d, 1)(g)):
         assert bool(((solved * g).sum(-1) > 0).all())
         assert bool((solved.norm(dim=-1) <= 10.001 * g.norm(dim=-1)).all())
 
@@ -160,14 +160,14 @@ def test_repairs_too_large_for_a_matrix() -> None:
 @pytest.mark.parametrize("structure", ["mean", "per_sample", "isotropic", "diagonal"])
 @pytest.mark.parametrize("m", [10, 200])
 def test_a_zero_hessian_is_replaced_by_fisher(structure: Any, m: int) -> None:
-    g, form = softmax_form(5, m, 0)
+    g, form = softmax_hessians(5, m, 0)
     zero = DiagonalRankOne(torch.zeros_like(form.diagonal), torch.zeros(5).double(), form.vector)
-    for form_ in (zero, DiagonalRankOne(zero.diagonal)):
+    for zeros in (zero, DiagonalRankOne(zero.diagonal)):
         for damping in (npl.Tikhonov(0.1), npl.AutoDamping(0.3, decay=0, own=0)):
-            taken = npl.Hessian(structure).step(g, SampleHessians.of_form(form_), damping)
+            taken = npl.Hessian(structure).step(g, SampleHessians.of_rank_one(zeros), damping)
             fisher = npl.EmpiricalFisher(structure).step(g, None, damping)
             assert bool(taken.zero_hessian)
-            if m == 200 and structure == "mean" and form_.weight is None:
+            if m == 200 and structure == "mean" and zeros.weight is None:
                 fisher = npl.EmpiricalFisher("diagonal").step(g, None, damping)  # the form stays a diagonal
             if structure == "per_sample" and isinstance(damping, npl.AutoDamping):
                 continue  # relative to |g|^2 / sqrt(m) here, to |g|^2 / m there
@@ -177,9 +177,9 @@ def test_a_zero_hessian_is_replaced_by_fisher(structure: Any, m: int) -> None:
 @pytest.mark.parametrize("structure", ["mean", "per_sample", "isotropic", "diagonal"])
 @pytest.mark.parametrize("m", [10, 200])
 def test_a_nan_is_reported_and_raises_nothing(structure: Any, m: int) -> None:
-    g, form = softmax_form(5, m, 0)
+    g, form = softmax_hessians(5, m, 0)
     assert form.vector is not None
     form.vector[2, 3] = torch.nan
     form.diagonal[2, 3] = torch.nan
-    taken = npl.Hessian(structure).step(g, SampleHessians.of_form(form), npl.Tikhonov(0.1))
-    assert not bool(taken.finite)
+    taken = npl.Hessian(structure).step(g, SampleHessians.of_rank_one(form), npl.Tikhonov(0.1))
+    assert not bool(taken.finiteness.curvature)

@@ -30,8 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch is large, and a part holds a few rows, or columns, of it."""
-    monkeypatch.setattr(large_rows, "_MANY", 1)
-    monkeypatch.setattr(large_rows, "_CACHED", 700)
+    monkeypatch.setattr(large_rows, "_LARGE", 1)
+    monkeypatch.setattr(large_rows, "_PART_ELEMENTS", 700)
 
 
 def sent(options: dict[str, Any], dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0) -> list[Tensor]:
@@ -55,8 +55,8 @@ def test_parts_give_the_step_of_the_whole(
 ) -> None:
     shape = (shape[0], 4, shape[1]) if kind == "block" else shape
     whole = sent(KINDS[kind], torch.float64, shape)
-    monkeypatch.setattr(large_rows, "_MANY", 1)
-    monkeypatch.setattr(large_rows, "_CACHED", 700)
+    monkeypatch.setattr(large_rows, "_LARGE", 1)
+    monkeypatch.setattr(large_rows, "_PART_ELEMENTS", 700)
     for ours, theirs in zip(sent(KINDS[kind], dtype, shape), whole, strict=True):
         assert ours.dtype == dtype
         error = float((ours - theirs).norm() / theirs.norm())
@@ -110,7 +110,7 @@ def test_float32_products_are_used_only_where_nothing_cancels(shift: float, monk
     exact = rows.double()
     for damping in (1.0, 1e-3 * float(exact.square().sum(-1).mean()) / 60):
         theirs = twins_push_through(exact, damping)
-        monkeypatch.setattr(large_rows, "_MANY", 1)
+        monkeypatch.setattr(large_rows, "_LARGE", 1)
         ours = npl.EmpiricalFisher().step(rows, None, npl.Tikhonov(damping)).step
         monkeypatch.undo()
         assert ours.dtype == torch.float32
@@ -125,8 +125,8 @@ def twins_push_through(rows: Tensor, damping: float) -> Tensor:
 
 
 def test_a_gram_matrix_in_parts_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_rows, "_MANY", 1)
-    monkeypatch.setattr(large_rows, "_CACHED", 1000)
+    monkeypatch.setattr(large_rows, "_LARGE", 1)
+    monkeypatch.setattr(large_rows, "_PART_ELEMENTS", 1000)
     for n in (1, 7, 33, 90):
         rows = torch.randn(n, 211, dtype=torch.float64)
         ours = large_rows.gram(rows)
@@ -170,31 +170,3 @@ def test_a_subclass_with_a_step_of_its_own_gets_the_gradients_of_the_samples() -
     once = sent({"curvature": OwnSteps(), "damping": 0.1}, torch.float32, (12, 30))
     for ours, theirs in zip(steps, once, strict=True):
         torch.testing.assert_close(ours / 8, theirs, rtol=1e-5, atol=1e-8)
-
-
-def test_what_a_curvature_gives_back_needs_no_more_than_it_did() -> None:
-    class Result:
-        step = torch.zeros(0)
-        damping = torch.tensor(1.0)
-        matrix = finite = zero_hessian = None
-        fallback, agreed = "", False
-        extremes = staticmethod(lambda: (torch.tensor(0.0), torch.tensor(1.0)))
-
-    class Halved:
-        needs_hessian = False
-
-        def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping) -> Any:
-            result = Result()
-            result.step = gradient / 2
-            return result
-
-        def state_dict(self) -> dict[str, Any]:
-            return {}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    y = torch.randn(6, 3, requires_grad=True)
-    hook = npl.LossHook(curvature=Halved())  # type: ignore[arg-type]
-    hook(y.square().sum(-1).mean()).backward()
-    torch.testing.assert_close(y.grad, y.detach() / 6)
-    assert hook.diagnostics()["fallbacks"] == 0

@@ -1,1 +1,1 @@
-"""Every rule that is compared, and the candidates that were tried."""
+"""The rules: candidates of the search for a better step, each from per-sample gradients to steps."""

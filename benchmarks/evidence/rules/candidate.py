@@ -16,8 +16,8 @@ import newton_plugin as npl
 __all__ = ["Candidate"]
 
 
-class Candidate:
-    """A :class:`newton_plugin.Curvature` for rows (R * N, m).
+class Candidate(npl.Curvature):
+    """A rule as a curvature for rows (R * N, m). It keeps no state: runs are never continued in the middle.
 
     Args:
         rule: what to try.
@@ -38,7 +38,7 @@ class Candidate:
         """What the loss was just called with, and its value for each row."""
         self._seen = outputs, targets, losses
 
-    def step(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None, damping: npl.Damping) -> Any:
+    def step(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None, damping: npl.Damping) -> npl.CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`; ``damping`` is not used."""
         assert self._seen is not None
         outputs, targets, losses = self._seen
@@ -62,24 +62,4 @@ class Candidate:
         self.tally.kept += ~fine
         step = torch.where(fine[:, None, None], step, g).reshape(n, m)
         zero = step.new_zeros(())
-        return _Step(step, zero, lambda: (zero, zero))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Runs are never continued in the middle."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
-
-
-class _Step:
-    """What the package wants to know of a step."""
-
-    matrix = None
-    fallback = ""
-    zero_hessian = None
-    finite = None
-    agreed = False
-
-    def __init__(self, step: Tensor, damping: Tensor, extremes: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        self.step, self.damping, self.extremes = step, damping, extremes
+        return npl.CurvatureStep(step, zero, extremes=lambda: (zero, zero))

@@ -23,8 +23,10 @@ class Tally:
         return self
 
 
-class Grouped:
-    """A :class:`newton_plugin.Curvature` for rows (R * N, m): those of a replica go to a rule of its own, as alone.
+class Grouped(npl.Curvature):
+    """A curvature for rows (R * N, m): those of a replica go to a rule of its own, as if it were trained alone.
+
+    It keeps no state: runs are never continued in the middle.
 
     Args:
         rules: curvature and damping of every replica, each with a running state of its own.
@@ -35,7 +37,7 @@ class Grouped:
         self.rules, self.tally = list(rules), tally
         self.needs_hessian = rules[0][0].needs_hessian
 
-    def step(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None, damping: npl.Damping) -> Any:
+    def step(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None, damping: npl.Damping) -> npl.CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`; ``damping`` is not used."""
         blocks = gradient.chunk(len(self.rules))
         products = self._products(gradient, hvp)
@@ -43,13 +45,12 @@ class Grouped:
         for r, ((curvature, rule), g, product) in enumerate(zip(self.rules, blocks, products, strict=True)):
             result = curvature.step(g, product, rule)
             fine = torch.isfinite(result.step).all() & torch.isfinite(g).all()
-            if result.finite is not None:
-                fine = fine & result.finite
+            if result.finiteness.curvature is not None:
+                fine = fine & result.finiteness.curvature
             steps.append(torch.where(fine, result.step, g))
             self.tally.kept[r] += ~fine
         assert result is not None
-        result.step, result.finite, result.matrix, result.zero_hessian = torch.cat(steps), None, None, None
-        return result
+        return npl.CurvatureStep(torch.cat(steps), result.damping, extremes=result.extremes, fallback=result.fallback)
 
     def _products(self, gradient: Tensor, hvp: Callable[[Tensor], Tensor] | None) -> list[Any]:
         """Hessian-vector products of each block, from one round of probes for all."""
@@ -59,10 +60,3 @@ class Grouped:
         eye = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
         columns = hvp(eye.unsqueeze(1).expand(-1, n, -1)).movedim(0, -1)  # (N, m, m)
         return [lambda v, h=block: torch.einsum("nij,knj->kni", h.to(v), v) for block in columns.chunk(len(self.rules))]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Runs are never continued in the middle."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""

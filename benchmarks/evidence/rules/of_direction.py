@@ -1,4 +1,4 @@
-"""Candidates that turn gradients: matrices, and what is left of them."""
+"""Candidates that change the direction of gradients: by a matrix, or by its diagonal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates that keep the direction of every gradient: they weigh samples, and batches."""
+"""Candidates that keep the direction of every gradient and change its length: per sample, or per batch."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ weighs samples as soft normalisation does and sizes batches as the Newton step d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +22,8 @@ import newton_plugin as npl
 __all__ = ["GeometricMean"]
 
 
-@dataclass
-class _Step:
-    """As :class:`newton_plugin.Curvature` wants it."""
-
-    step: Tensor
-    damping: Tensor
-    extremes: Callable[[], tuple[Tensor, Tensor]]
-    finite: Tensor
-    matrix: Tensor | None = None
-    fallback: str = ""
-    zero_hessian: Tensor | None = None
-    agreed: bool = False
-
-
-class GeometricMean:
-    """``g_i / (sqrt(|g_i|^2 + c s) sqrt(s))``, s the running mean of ``mean |g|^2``; an :class:`npl.Curvature`.
+class GeometricMean(npl.Curvature):
+    """``g_i / (sqrt(|g_i|^2 + c s) sqrt(s))``, s the running mean of ``mean |g|^2``.
 
     Args:
         c: how soft. decay: of the running mean; corrected for its start.
@@ -51,8 +35,6 @@ class GeometricMean:
     tensor([[0.6000, 0.8000],
             [0.6000, 0.8000]], dtype=torch.float64)
     """
-
-    needs_hessian = False
 
     def __init__(self, c: float = 0.1, decay: float = 0.9, growth: float = 10.0, floor: float = 1e-3) -> None:
         self.c, self.decay, self.growth, self.floor = c, decay, growth, floor
@@ -68,7 +50,7 @@ class GeometricMean:
         self._means[name] = total, weight
         return total / weight.clamp_min(torch.finfo(value.dtype).tiny)
 
-    def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping) -> Any:
+    def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping) -> npl.CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`; neither Hessian nor damping is used."""
         squared = gradient.square().sum(-1, keepdim=True)
         now = squared.mean()
@@ -77,12 +59,17 @@ class GeometricMean:
         s = s.clamp_min(torch.finfo(s.dtype).tiny)
         d = self.c * s
         step = gradient / ((squared + d).sqrt() * s.sqrt())
-        return _Step(step, d, lambda: (torch.zeros_like(s), squared.max()), torch.isfinite(now))
+        return npl.CurvatureStep(
+            step,
+            d,
+            extremes=lambda: (torch.zeros_like(s), squared.max()),
+            finiteness=npl.Finiteness(curvature=torch.isfinite(now)),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The running means."""
         return {"means": dict(self._means)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self._means = dict(state["means"])

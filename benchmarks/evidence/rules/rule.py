@@ -1,6 +1,7 @@
-"""What a candidate for a better rule is: from the per-sample gradients of all replicas to their steps.
+"""``Rule``, the base of all candidates: from the per-sample gradients of all replicas to their steps.
 
-Most are a :class:`newton_plugin.Curvature` in disguise, written for all replicas at once because a search tries many.
+Most candidates could be a :class:`newton_plugin.Curvature`. They are written for all replicas at once because a search
+tries many.
 Notation, for one replica and batch: g_i the gradient of sample i (m numbers), l_i its loss, ``s = mean |g_i|^2``;
 a bar over a quantity is its running mean over batches (decay .9, corrected for its start).
 """

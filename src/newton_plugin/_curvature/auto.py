@@ -1,4 +1,4 @@
-"""The Hessian where it is known or cheap, Fisher elsewhere: curvature="auto"."""
+"""``curvature="auto"``: the Hessian where it is known or cheap, Fisher elsewhere."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from torch import Tensor
 
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.hessian import Hessian
-from newton_plugin._curvature.protocol import (
-    HVP,
-    CurvatureStep,
-    Structure,
-)
+from newton_plugin._curvature.protocol import HVP, CurvatureStep, Structure
 from newton_plugin._curvature.sizes import AUTO_FEATURES
 from newton_plugin._derivatives.independence import COUPLED
+from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import BatchCoupledError, OutputsTooLargeError
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
 __all__ = ["AutoCurvature"]
-
 
 _LOGGER = logging.getLogger("newton_plugin")
 
@@ -27,9 +23,9 @@ _LOGGER = logging.getLogger("newton_plugin")
 class AutoCurvature(Hessian):
     """The Hessian where it exists and is cheap, Fisher elsewhere.
 
-    Cheap is a Hessian that is known without products (cross-entropy, squared errors, the sorting losses), at any m;
-    and one from m products up to ``AUTO_FEATURES``. What was chosen, and why, is logged once ("newton_plugin", INFO);
-    a choice of Fisher is also the step's ``fallback``.
+    A Hessian is cheap if it is known without products (cross-entropy, squared errors, the sorting losses), at any m, or
+    if it takes m products and m is at most ``AUTO_FEATURES``. What was chosen, and why, is logged once
+    ("newton_plugin", INFO); a choice of Fisher is also the step's ``fallback``.
     """
 
     def __init__(self, structure: Structure = "mean", power: float = 1, refresh_every: int = 1) -> None:
@@ -38,7 +34,7 @@ class AutoCurvature(Hessian):
         self._chosen = ""
 
     def wants_hessian(self, features: int | None = None) -> bool:
-        """Whether the next step would use Hessian-vector products of outputs of so many features."""
+        """Whether the next step would use Hessian-vector products of outputs with so many features."""
         affordable = features is None or features <= AUTO_FEATURES
         return super().wants_hessian(features) and affordable and not self._coupled
 
@@ -47,12 +43,13 @@ class AutoCurvature(Hessian):
     ) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
         m = gradient.shape[1]
-        known = getattr(hvp, "diagonal_rank_one", None) is not None or getattr(hvp, "blocks", None) is not None
-        if not self._kept.due and self._kept.fits(m, groups if self.structure == "block" else 1):
+        groups = groups if self.structure == "block" else 1
+        if self._kept.serves(m, groups):
             return self._from_kept(gradient, None)
+        known = hvp is not None and SampleHessians.of(hvp).known
         if m > AUTO_FEATURES and ranks.worst(0 if known else 1):
             reason = f"{m} features would take {m} Hessian-vector products a step"
-        elif self._coupled:  # known: no second probe
+        elif self._coupled:  # found at an earlier step
             reason = COUPLED
         else:
             try:
@@ -64,7 +61,7 @@ class AutoCurvature(Hessian):
             except OutputsTooLargeError as error:
                 reason = str(error)
         self._log(reason)
-        return self._fall_back(gradient, damping, reason, ranks, groups if self.structure == "block" else 1)
+        return self._fall_back(gradient, damping, reason, ranks, groups)
 
     def _log(self, choice: str) -> None:
         if choice != self._chosen:

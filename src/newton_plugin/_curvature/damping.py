@@ -1,15 +1,17 @@
 """How much of the identity is added to the curvature before it is inverted.
 
-``damping -> 0`` is the pure Newton step, ``damping -> infinity`` is the gradient divided by the damping.
-A rule says how C is averaged and, given the scale of C, the damping; see :class:`Damping`.
+``damping -> 0`` is the pure Newton step. ``damping -> infinity`` is the gradient divided by the damping.
+A rule says how C is averaged and, given the scale of C, what the damping is; see :class:`Damping`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +20,20 @@ from newton_plugin._curvature.running_mean import RunningMean
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
 from newton_plugin._linalg.damped_inverse import working_dtype
 
-__all__ = ["AutoDamping", "Averaging", "Damping", "Tikhonov", "damping_for", "relative_damping", "resolve_damping"]
+__all__ = [
+    "AutoDamping",
+    "Averaging",
+    "BatchRelative",
+    "Damping",
+    "Tikhonov",
+    "damping_for",
+    "relative_damping",
+    "resolve_damping",
+]
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
 _SLOW_DECAY = 0.999
-_LEAST = 1e-70  # of a damping that is relative to squares of gradients: of 1e-35
+_LEAST = 1e-70  # of a damping that is relative to squares of gradients: the square of 1e-35
 
 
 @dataclass(frozen=True)
@@ -40,26 +51,59 @@ class Averaging:
     own: float = 0.0
 
 
-@runtime_checkable
-class Damping(Protocol):
-    """A rule for the damping. Instances may keep a running state (``state_dict``, ``load_state_dict``).
+class Damping(ABC):
+    """A rule for the damping. A rule of your own is a subclass with one method, :meth:`value`.
 
     Attributes:
-        averaging: the average of C that this rule is made for.
+        averaging: the average of C that this rule is made for; not averaged by default.
+        needs_scale: whether :meth:`value` looks at the scale of C. If not, nobody computes it.
+        bounded: whether the damping is positive and finite for every finite scale. The step of a finite gradient is
+            then finite, and is not checked. A class that overrides :meth:`value` inherits neither; it says both anew.
+
+    Example:
+        >>> import torch, newton_plugin as npl
+        >>> class HalfTheScale(npl.Damping):
+        ...     def value(self, scale):
+        ...         return scale / 2
+        >>> y = torch.tensor([[3.0], [1.0]])
+        >>> npl.newton_step(lambda y: y.square().mean(), y, curvature="hessian", damping=HalfTheScale()).step
+        tensor([[2.0000],
+                [0.6667]])
     """
 
-    averaging: Averaging
+    averaging: Averaging = Averaging()
+    needs_scale: bool = True
+    bounded: bool = False
+    takes_finite: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "value" in cls.__dict__:
+            cls.takes_finite = "finite" in inspect.signature(cls.value).parameters
+            for promise in ("needs_scale", "bounded"):
+                if promise not in cls.__dict__:
+                    setattr(cls, promise, getattr(Damping, promise))
+
+    @abstractmethod
     def value(self, scale: Tensor) -> Tensor:
         """The damping, in units of C: a tensor without dimensions, on the device of ``scale``.
 
         Args:
-            scale: the size of C as one number without dimensions: its root-mean-square eigenvalue.
+            scale: the size of C as one number without dimensions: its root-mean-square eigenvalue. Its value means
+                nothing where :attr:`needs_scale` is False.
+
+        A method with a further argument ``finite`` is told by ``finite=True`` that the scale is known to be finite.
         """
-        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running state as plain types and tensors; empty by default."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nothing to restore by default
+        """Restore what :meth:`state_dict` gave."""
 
 
-class Tikhonov:
+class Tikhonov(Damping):
     """The same damping at every step, as in the paper: ``(C + damping I)^-1 g``, C of this batch alone.
 
     Args:
@@ -71,7 +115,7 @@ class Tikhonov:
         ArgumentTypeError: not a number.
     """
 
-    averaging = Averaging()
+    needs_scale = False
 
     def __init__(self, damping: float = 0.1) -> None:
         self.damping = check_positive("damping", damping, _HINT)
@@ -83,7 +127,7 @@ class Tikhonov:
         return f"Tikhonov({self.damping})"
 
 
-class AutoDamping:
+class AutoDamping(Damping):
     r"""Damping relative to C itself, with C averaged so that no batch and no sample decides alone.
 
     Both sides of the ratio change together when the loss is multiplied by a constant, the outputs change their
@@ -102,7 +146,7 @@ class AutoDamping:
     4 and the Hessian are where it is not the best choice or does harm.
 
     Override it with a number (``damping=0.1``: fixed, in units of C, no averaging, the paper's step), with
-    ``AutoDamping(ratio=1.0)`` for a more cautious one, or with any object that follows :class:`Damping`.
+    ``AutoDamping(ratio=1.0)`` for a more cautious one, or with a subclass of :class:`Damping`.
 
     Args:
         ratio: damping over the scale of C. Positive.
@@ -111,6 +155,8 @@ class AutoDamping:
         floor: least scale, against the slow mean (decay .999) of the scale. In [0, 1).
         own: weight of each sample's own curvature, as a share of 1/m. Not negative.
     """
+
+    bounded = True
 
     def __init__(
         self, ratio: float = 0.3, decay: float = 0.9, growth: float = 10.0, floor: float = 1e-3, own: float = 1.0
@@ -125,7 +171,7 @@ class AutoDamping:
         self._slow = RunningMean(nonnegative=True)
 
     def value(self, scale: Tensor, finite: bool = False) -> Tensor:
-        """See :meth:`Damping.value`; ``finite``: the scale is known to be, which saves operations."""
+        """See :meth:`Damping.value`. A scale that is known to be finite saves operations."""
         if self.averaging.decay and self.floor:
             update = self._slow.update_finite if finite else self._slow.update
             scale = torch.maximum(scale, self.floor * update(scale, _SLOW_DECAY))
@@ -136,7 +182,7 @@ class AutoDamping:
         return self._slow.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self._slow.load_state_dict(state)
 
     def __repr__(self) -> str:
@@ -145,29 +191,41 @@ class AutoDamping:
         return f"AutoDamping({', '.join(f'{name}={value:g}' for name, value in given.items())})"
 
 
-def relative_damping(scale: Tensor, ratio: float) -> Tensor:
-    """``ratio * scale``, and more than zero.
+class BatchRelative(Damping):
+    """``c * mean_j |g_j|^2``, which is ``c m`` times the scale of the per-sample Fisher: that of SoftNormalization."""
 
-    0 / 0 stays out where every gradient so far was exactly zero; and where all are at the end of float32's range, a
-    step, which is about one over a gradient, stays within that range.
+    bounded = True
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+
+    def value(self, scale: Tensor) -> Tensor:
+        return relative_damping(scale, self.ratio)
+
+
+def relative_damping(scale: Tensor, ratio: float) -> Tensor:
+    """``ratio * scale``, and always more than zero.
+
+    A zero damping would give 0 / 0 where every gradient so far was exactly zero. A step is about one over a gradient:
+    where gradients are at the lower end of float32's range, the least damping keeps the step within that range.
     """
     least = max(_LEAST, torch.finfo(scale.dtype).tiny)
     return torch.rsub(scale, least, alpha=-ratio)  # least + ratio * scale, in one operation
 
 
 def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor, finite: bool = False) -> Tensor:
-    """``rule.value(scale())``; no scale is worked out for a rule that does not look at it.
+    """``rule.value(scale())``; the scale is not computed for a rule that does not look at it.
 
     Args:
-        rule: any.
+        rule: the rule.
         scale: gives the scale of C, no dimensions.
-        like: what decides device and dtype.
-        finite: the scale is known to be, as that of a running mean.
+        like: a tensor that decides the device and the dtype.
+        finite: whether the scale is known to be finite, as that of a running mean is.
     """
-    if finite and type(rule) is AutoDamping:
-        return rule.value(scale(), finite=True)
-    if type(rule) is Tikhonov:
-        return torch.full((), rule.damping, dtype=working_dtype(like.device), device=like.device)
+    if not rule.needs_scale:
+        return rule.value(torch.empty((), dtype=working_dtype(like.device), device=like.device))
+    if finite and rule.takes_finite:
+        return rule.value(scale(), finite=True)  # type: ignore[call-arg]
     return rule.value(scale())
 
 
@@ -185,25 +243,13 @@ def resolve_damping(damping: object) -> Damping:
         if damping == "auto":
             return AutoDamping()
         raise ArgumentError(
-            f"damping must be a positive number, 'auto' or an object with the Damping protocol; got {damping!r}."
+            f"damping must be a positive number, 'auto' or an instance of npl.Damping; got {damping!r}."
         )
     if isinstance(damping, (int, float)):  # bool included: check_positive refuses it by name
         return Tikhonov(damping)
-    if isinstance(damping, Damping) and not isinstance(damping, type):
+    if isinstance(damping, Damping):
         return damping
     raise ArgumentTypeError(
-        "damping must be a positive number, 'auto' or an object with the Damping protocol (an attribute averaging "
-        f"and a method value(scale) -> damping); got {damping!r} of type {type(damping).__name__}."
+        "damping must be a positive number, 'auto' or an instance of npl.Damping (a subclass with a method "
+        f"value(scale) -> damping); got {damping!r} of type {type(damping).__name__}."
     )
-
-
-class _BatchRelative:
-    """Damping ``c * mean_j |g_j|^2``, which is ``c m`` times the scale of the per-sample Fisher."""
-
-    averaging = Averaging()
-
-    def __init__(self, ratio: float) -> None:
-        self.ratio = ratio
-
-    def value(self, scale: Tensor) -> Tensor:
-        return relative_damping(scale, self.ratio)

@@ -1,4 +1,4 @@
-"""The empirical Fisher of per-sample gradients, and soft normalisation, its matrix-free end."""
+"""The empirical Fisher of per-sample gradients: ``C = 1/N sum_i g_i g_i'``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature.damping import AutoDamping, Damping, _BatchRelative, damping_for
+from newton_plugin._curvature.damping import Damping, damping_for
+from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.protocol import (
     HVP,
     STRUCTURES,
+    Curvature,
     CurvatureStep,
     Structure,
     check_groups,
     check_power,
     describe,
 )
-from newton_plugin._curvature.refresh import Kept, check_refresh_every
+from newton_plugin._curvature.refresh import KeptCurvature, check_refresh_every
 from newton_plugin._curvature.running_mean import RunningMean
-from newton_plugin._curvature.sizes import form_is_dense, refuse_beyond
+from newton_plugin._curvature.sizes import mean_is_formed, refuse_beyond
 from newton_plugin._errors import check_choice
 from newton_plugin._linalg.damped_inverse import push_through
-from newton_plugin._linalg.large_rows import are_many, divided, gram, row_lengths, summed, take, weighed
-from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, eigenvalues, to_blocks
+from newton_plugin._linalg.large_rows import are_large, combine, divide, gram, solve_rows, squared_norms, sum_over_rows
+from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, count_eigenvalues, to_blocks
 from newton_plugin._linalg.sketch import sketch_of_rows
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
@@ -34,17 +36,17 @@ def batch_fisher(gradient: Tensor, ranks: Ranks, groups: int, ndim: int) -> Tens
     """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
     n, m = gradient.shape
     if ndim == 0:
-        return ranks.mean(row_lengths(gradient).sum(), n * m)
+        return ranks.mean(squared_norms(gradient).sum(), n * m)
     if ndim == 1:
-        return ranks.mean(summed(gradient, lambda g: g.square().sum(0)), n)
+        return ranks.mean(sum_over_rows(gradient, lambda g: g.square().sum(0)), n)
     if ndim == 2:
-        return ranks.mean(summed(gradient, lambda g: g.mT @ g), n)
+        return ranks.mean(sum_over_rows(gradient, lambda g: g.mT @ g), n)
 
     def by_groups(g: Tensor) -> Tensor:
         rows = to_blocks(g, groups)
         return rows.mT @ rows
 
-    return ranks.mean(summed(gradient, by_groups, groups), n // groups)
+    return ranks.mean(sum_over_rows(gradient, by_groups, groups), n // groups)
 
 
 def in_units(squares: Tensor, unit: Tensor | None) -> Tensor:
@@ -52,7 +54,7 @@ def in_units(squares: Tensor, unit: Tensor | None) -> Tensor:
     return squares if unit is None else squares / unit
 
 
-class EmpiricalFisher:
+class EmpiricalFisher(Curvature):
     """``C = 1/N sum_i g_i g_i'``: needs gradients only, is never indefinite.
 
     Where the loss is a log-likelihood it estimates the Fisher information. It scales with the *square* of
@@ -72,18 +74,20 @@ class EmpiricalFisher:
         OutputsTooLargeError: at a step whose dense blocks would take more than 2 GiB.
     """
 
-    needs_hessian = False
-
     def __init__(self, structure: Structure = "mean", power: float = 1, refresh_every: int = 1) -> None:
         check_choice("structure", structure, STRUCTURES)
         self.structure: Structure = structure
         self.power = check_power(power)
         self.refresh_every = check_refresh_every(refresh_every, structure)
         self._mean = RunningMean(nonnegative=True)
-        self._kept = Kept(self.refresh_every, self.power)
+        self._kept = KeptCurvature(self.refresh_every, self.power)
 
     def __repr__(self) -> str:
         return describe(self)
+
+    def streams(self, gradient: Tensor) -> bool:
+        """See :meth:`Curvature.streams`. A subclass whose ``step`` has no ``weight`` gets the gradients converted."""
+        return are_large(gradient) and self.takes_weight
 
     def step(
         self,
@@ -95,104 +99,97 @@ class EmpiricalFisher:
         weight: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
-        n, m = gradient.shape
-        # Steps are linear in the rows, so their weight is in the sums of squares alone.
+        # A step is linear in the rows, so only the sums of squares have to know their weight.
         unit = None if weight is None else weight.square()
         if self.structure == "per_sample":
             return self._per_sample(gradient, damping, ranks, unit)
         if self.structure == "isotropic":
             return self._isotropic(gradient, damping, ranks, unit)
-        if self.structure != "block":
-            groups = 1
+        n, m = gradient.shape
+        groups = groups if self.structure == "block" else 1
         check_groups(n, groups)
-        kept = self._kept
-        refreshed = kept.due or not kept.fits(m, groups)
+        refreshed = not self._kept.serves(m, groups)
         if refreshed:
-            if groups == 1 and self.structure in ("mean", "block") and not form_is_dense(n, m, damping, ranks):
+            matrix = self.structure in ("mean", "block")
+            if matrix and groups == 1 and not mean_is_formed(n, m, damping, ranks):
                 return self._push_through(gradient, damping, ranks, unit)
-            if groups > 1:
-                asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
-                refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
-            average = damping.averaging
-            ndim = 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
-            c = in_units(batch_fisher(gradient, ranks, groups, ndim), unit)
-            c = self._mean.update(c, average.decay, average.growth)
-            form = (Diagonal if ndim == 1 else Dense)(c, definite=True)
-            norm = self._mean.norm  # asked for again at the next step
-            scale = (lambda: norm() / eigenvalues(c) ** 0.5) if average.decay else form.scale
-            d = damping_for(damping, scale, gradient, finite=average.decay > 0)
-            kept.put(form, d, self._mean.finite, m, groups)
+            self._refresh(gradient, damping, ranks, unit, groups)
         return self._from_kept(gradient, damping, refreshed, unit, groups)
+
+    def _refresh(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None, groups: int) -> None:
+        """Form C, average it, and keep it with its damping."""
+        m = gradient.shape[1]
+        if groups > 1:
+            asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
+            refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
+        average = damping.averaging
+        ndim = 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
+        c = in_units(batch_fisher(gradient, ranks, groups, ndim), unit)
+        c = self._mean.update(c, average.decay, average.growth)
+        matrix = (Diagonal if ndim == 1 else Dense)(c, definite=True)
+        norm = self._mean.norm  # the next step's bound on growth needs it too
+        scale = (lambda: norm() / count_eigenvalues(c) ** 0.5) if average.decay else matrix.scale
+        d = damping_for(damping, scale, gradient, finite=average.decay > 0)
+        self._kept.put(matrix, d, self._mean.finite, m, groups)
 
     def _from_kept(
         self, gradient: Tensor, damping: Damping, refreshed: bool, unit: Tensor | None, groups: int = 1
     ) -> CurvatureStep:
-        inverse, form, d = self._kept.use(gradient.device)
+        inverse, matrix, d = self._kept.use(gradient.device)
         own = self._own(gradient, damping)
-        if refreshed and not own and not are_many(gradient):
-            step = inner = inverse(gradient)  # that the gradients are finite is in C
+        if refreshed and not own and not are_large(gradient):
+            step = witness = inverse(gradient)  # C covers the gradients: only the steps are left to check
         else:
-            step, inner = take(inverse, gradient, own, unit, groups)
-        # Of a C that was kept, the ranks know nothing about the gradients of this batch.
-        finite = self._kept.finite
-        return CurvatureStep(step, d, form.matrix, form.extremes, finite=finite, agreed=refreshed, inner=inner)
+            step, witness = solve_rows(inverse, gradient, own, unit, groups)
+        # A kept C was agreed at an earlier step; the gradients of this batch have not been compared across ranks.
+        finiteness = Finiteness(self._kept.finite, agreed=refreshed, witness=witness)
+        return CurvatureStep(step, d, matrix.matrix, matrix.extremes, finiteness=finiteness)
 
     def _isotropic(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
         # (c I + own g g' + d I)^-1 g = g / (c + d + own |g|^2), so the |g_i|^2 are all that is needed.
         n, m = gradient.shape
-        squared = in_units(row_lengths(gradient), unit)
+        squared = in_units(squared_norms(gradient), unit)
         total = squared.sum()
         kept = self._kept
-        refreshed = kept.due or not kept.fits(m, 1)
+        refreshed = not kept.serves(m, 1)
         if refreshed:
             average = damping.averaging
             c = self._mean.update(ranks.mean(total, n * m), average.decay, average.growth)
-            kept.put(
-                Isotropic(c), damping_for(damping, lambda: c, gradient, average.decay > 0), self._mean.finite, m, 1
-            )
-        form, d = kept.use_form(gradient.device)
-        assert isinstance(form, Isotropic)
-        shifted = form.value + d if self.power == 1 else (form.value + d).sqrt()
+            d = damping_for(damping, lambda: c, gradient, finite=average.decay > 0)
+            kept.put(Isotropic(c), d, self._mean.finite, m)
+        matrix, d = kept.use_matrix(gradient.device)
+        assert isinstance(matrix, Isotropic)
+        shifted = matrix.value + d if self.power == 1 else (matrix.value + d).sqrt()
         own = self._own(gradient, damping)
-        # The own term keeps a step finite where its gradient is; of a C that was kept, the ranks know nothing about
-        # the gradients of this batch.
-        bounded = refreshed and own > 0 and type(damping) is AutoDamping
+        # The own term keeps a step finite where its gradient is. But a kept C was agreed at an earlier step: it says
+        # nothing about the gradients of this batch.
+        bounded = refreshed and own > 0 and damping.bounded
+        witness = None if bounded else total / shifted
         return CurvatureStep(
-            divided(gradient, torch.add(shifted, squared, alpha=own) if own else shifted),
+            divide(gradient, torch.add(shifted, squared, alpha=own) if own else shifted),
             d,
-            form.matrix,
-            form.extremes,
-            finite=kept.finite,
-            agreed=refreshed,
-            inner=None if bounded else total / shifted,
-            bounded=bounded,
+            matrix.matrix,
+            matrix.extremes,
+            finiteness=Finiteness(kept.finite, refreshed, witness, bounded),
         )
 
     def _own(self, gradient: Tensor, damping: Damping) -> float:
-        """Weight of a sample's own ``g g'`` beside C."""
+        """The weight of a sample's own ``g g'`` beside C."""
         return damping.averaging.own / gradient.shape[1] if self.power == 1 and gradient.shape[1] else 0.0
-
-    def streams(self, gradient: Tensor) -> bool:
-        """See :meth:`Curvature.step`. A subclass with a ``step`` of its own made it for gradients as they are."""
-        return are_many(gradient) and type(self).step.__module__ == __name__
 
     def _per_sample(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
         # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
-        squared = in_units(row_lengths(gradient), unit)
+        squared = in_units(squared_norms(gradient), unit)
         d = damping.value(self._running_size(squared, gradient, damping, ranks)[0])
         by = squared + d if self.power == 1 else (squared + d).sqrt()
-        # Where d > 0 a step is finite if its gradient is.
-        bounded = type(damping) in (AutoDamping, _BatchRelative)
+        witness = None if damping.bounded else squared / by
         rank_deficient = gradient.shape[1] > 1
         return CurvatureStep(
-            divided(gradient, by),
+            divide(gradient, by),
             d,
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
-            finite=self._mean.finite,
-            agreed=True,
-            inner=None if bounded else squared / by,
-            bounded=bounded,
+            finiteness=Finiteness(self._mean.finite, True, witness, damping.bounded),
             sizes=lambda: (squared.sum(), (squared / by / by).sum()),
         )
 
@@ -204,12 +201,12 @@ class EmpiricalFisher:
         return self._mean.update(own, average.decay, average.growth), own
 
     def _push_through(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
-        # An m x m running mean would cost more than the rest of the step; the batch's C is rescaled to the running
+        # An m x m running mean would cost more than the rest of the step. The batch's C is rescaled to the running
         # size instead.
         rows, own = ranks.rows(gradient)
         n, m = rows.shape
         products = in_units(gram(rows), unit)
-        # Of all ranks' rows: nobody need be asked again.
+        # Every rank has the rows of all ranks, so the mean needs no further collective.
         size, own_size = self._running_size(products.diagonal(), rows, damping, ONE_PROCESS)
         weight = torch.where(own_size > 0, size / own_size, 1.0) / n
         assert self._mean.finite is not None
@@ -218,7 +215,7 @@ class EmpiricalFisher:
         d = damping_for(damping, lambda: torch.linalg.matrix_norm(c) / m**0.5, gradient)
         if self.refresh_every > 1:
             # C = weight / unit * rows' rows, by its own factorisation.
-            self._kept.put(sketch_of_rows(rows.to(c.dtype), c, in_units(weight, unit)), d, self._mean.finite, m, 1)
+            self._kept.put(sketch_of_rows(rows.to(c.dtype), c, in_units(weight, unit)), d, self._mean.finite, m)
             return self._from_kept(gradient, damping, True, unit)
         solved = push_through(c, d, self.power)[own]
         inner = (solved * products[own]).sum(-1, keepdim=True)
@@ -226,13 +223,11 @@ class EmpiricalFisher:
         if share:
             solved = solved / torch.rsub(inner, 1.0, alpha=-share)
         return CurvatureStep(
-            weighed(solved, rows, products),
+            combine(solved, rows, products),
             d,
             None,
             lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(c).max()),
-            finite=self._mean.finite,
-            agreed=True,
-            inner=inner,
+            finiteness=Finiteness(self._mean.finite, agreed=True, witness=inner),
             sizes=lambda: (products.diagonal()[own].sum(), ((solved @ products) * solved).sum()),
         )
 
@@ -242,6 +237,6 @@ class EmpiricalFisher:
         return self._mean.state_dict() | ({"kept": kept} if kept else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self._mean.load_state_dict(state)
         self._kept.load_state_dict(state.get("kept", {}))

@@ -1,7 +1,7 @@
 r"""Curvatures: from per-sample gradients (and Hessian-vector products) to the step in output space.
 
 A curvature answers one question: given ``g_i`` and, if it asks for them, products ``H_i v``, what is
-``step_i = (C + damping I)^-power g_i``? It gives back the *step*, not the matrix, so that one that never
+``step_i = (C + damping I)^-power g_i``? It returns the *step* and not the matrix, so that a curvature that never
 forms C fits beside those that do. One family:
 
 =====================  ==========================================  ==============================
@@ -12,24 +12,36 @@ curvature              C                                           who knows it 
 ``SoftNormalization``  ``g_i g_i'`` for each sample, power 1/2     smooth per-sample normalisation
 =====================  ==========================================  ==============================
 
-``structure`` says how much of C is kept: "mean", one m x m matrix for the batch (the paper's); "per_sample",
-one for each sample; "block", one for each position where feature_dims leave several (outputs (N, T, V) with
-feature_dims=-1: T matrices V x V); "diagonal", its diagonal; "isotropic", ``(tr C / m) I``, the control which shows
-whether directions matter at all, and the default (docs/when-it-helps.md).
+``structure`` says how much of C is kept:
+
+===============  ================================================================================================
+structure        C
+===============  ================================================================================================
+"mean"           one m x m matrix for the batch (the paper's)
+"per_sample"     one matrix for each sample
+"block"          one for each position where feature_dims leave several: outputs (N, T, V) with feature_dims=-1
+                 have T matrices V x V
+"diagonal"       the diagonal of the mean
+"isotropic"      ``(tr C / m) I``: the control which shows whether directions matter at all, and the default
+                 (docs/when-it-helps.md)
+===============  ================================================================================================
 """
 
 from __future__ import annotations
 
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._derivatives.sample_hessians import HVP
 from newton_plugin._errors import ShapeError, check_choice
-from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
 __all__ = [
     "HVP",
@@ -46,76 +58,106 @@ Structure = Literal["mean", "per_sample", "isotropic", "diagonal", "block"]
 STRUCTURES = ("mean", "per_sample", "isotropic", "diagonal", "block")
 
 
+def _no_eigenvalues() -> tuple[Tensor, Tensor]:
+    unknown = torch.tensor(float("nan"))
+    return unknown, unknown
+
+
 @dataclass
 class CurvatureStep:
-    """What a curvature gives back for one batch.
+    """What a curvature returns for one batch. A curvature of your own fills in the first two and leaves the rest.
 
     Attributes:
         step: (N, m); see ``weight`` in :meth:`Curvature.step`.
         damping: what was added to C; no dimensions.
         matrix: C as it was used: (m, m); by structure (N, m, m) per sample, (T, m, m) for blocks, (m,) if diagonal,
             no dimensions if isotropic; None where it was never formed.
-        extremes: smallest and largest eigenvalue of C, computed only when called.
+        extremes: smallest and largest eigenvalue of C, computed only when called; NaN if nobody knows them.
         fallback: why a simpler curvature took this one's place; empty if none did.
         zero_hessian: True where the batch's Hessian was zero throughout and Fisher took its place; a tensor
-            without dimensions, to be read when the host waits anyway. None: not looked for.
-        finite: whether this batch's C is finite; a tensor without dimensions. Where it is not, the gradient stays as
-            it is. None: not looked for.
-        agreed: whether ``finite`` is the same on all ranks and covers all their gradients, so that they need not ask
-            one another again. A sum of squares over the ranks does: one NaN among the gradients is in it.
-        inner: what is at hand and finite only if all gradients and steps are (the gradients need not count where
-            ``finite`` and ``agreed`` cover them): ``g_i' step_i`` or multiples, one number a sample; the steps; or one
-            number without dimensions, not negative. None: worked out from the rows.
-        bounded: known of this curvature and damping: where C is finite, all gradients and steps are.
+            without dimensions, to be read when the host waits anyway. None: not checked.
+        finiteness: what is known of the finiteness of C, gradients and steps; nothing by default, and all is checked.
         sizes: ``sum |g_i|^2`` and ``sum |step_i|^2`` for people, computed only when called; None: from the rows.
-        fine: whether the step is to be taken, and not the gradient; the rule that asked sets it.
     """
 
     step: Tensor
     damping: Tensor
-    matrix: Tensor | None
-    extremes: Callable[[], tuple[Tensor, Tensor]]
+    matrix: Tensor | None = None
+    extremes: Callable[[], tuple[Tensor, Tensor]] = _no_eigenvalues
     fallback: str = ""
     zero_hessian: Tensor | None = None
-    finite: Tensor | None = None
-    agreed: bool = False
-    inner: Tensor | None = None
-    bounded: bool = False
+    finiteness: Finiteness = field(default_factory=Finiteness)
     sizes: Callable[[], tuple[Tensor, Tensor]] | None = None
-    fine: Tensor | None = None
 
 
-@runtime_checkable
-class Curvature(Protocol):
-    """A rule from derivatives to the step in output space. Instances may keep a running state."""
+class Curvature(ABC):
+    """A rule from derivatives to the step in output space. Your own is a subclass with one method, :meth:`step`.
 
-    needs_hessian: bool
+    Attributes:
+        needs_hessian: whether :meth:`step` uses Hessian-vector products.
+        structure: see the table of structures; "block" makes :meth:`step` get ``groups``.
+        refresh_every: steps for which one C is used; 1: C is new at every step.
 
-    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS) -> CurvatureStep:
+    Example:
+        Steps of length one, whatever the gradient:
+
+        >>> import torch, newton_plugin as npl
+        >>> class UnitLength(npl.Curvature):
+        ...     def step(self, gradient, hvp, damping):
+        ...         length = gradient.norm(dim=-1, keepdim=True)
+        ...         return npl.CurvatureStep(gradient / length, damping=length.new_zeros(()))
+        >>> y = torch.tensor([[3.0, 4.0]])
+        >>> npl.newton_step(lambda y: y.square().sum() / 2, y, curvature=UnitLength()).step
+        tensor([[0.6000, 0.8000]])
+    """
+
+    needs_hessian: bool = False
+    structure: Structure = "mean"
+    refresh_every: int = 1
+    takes_ranks: ClassVar[bool] = False
+    takes_weight: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # What step() can be given is what it has arguments for: read once, where the class is defined.
+        super().__init_subclass__(**kwargs)
+        arguments = inspect.signature(cls.step).parameters
+        anything = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+        cls.takes_ranks = anything or "ranks" in arguments
+        cls.takes_weight = "weight" in arguments
+
+    @abstractmethod
+    def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
         """The step of every sample.
 
         Args:
             gradient: (N, m), the per-sample gradients ``g_i``, float64 where the device has it.
-            hvp: Hessian-vector products; None if ``needs_hessian`` is False.
+            hvp: Hessian-vector products, (K, N, m) -> (K, N, m); None if ``needs_hessian`` is False.
             damping: the rule for the damping.
-            ranks: the processes that share the batch. ``ranks.mean(total, N)`` adds what they have and divides by
-                all their samples; a curvature that takes no ``ranks`` works in one process or with sync=False.
 
-        A curvature with an attribute ``structure`` equal to "block" gets one argument more, ``groups``: T, where the
-        rows are those of T positions in each sample, (N T, m), sample by sample. One with a method
-        ``wants_hessian(features) -> bool`` is asked before the loss is differentiated twice. One with a method
-        ``streams(rows) -> bool`` that answers True gets the rows as they arrived, ``w g_i`` in the outputs' dtype, and
-        an argument ``weight``: w, no dimensions (None: 1); it gives back ``w step_i``, in the same dtype.
+        A method may have further arguments, and gets them if it does:
+
+        * ``ranks``: the processes that share the batch. ``ranks.mean(total, N)`` adds what they have and divides by
+          all their samples. A curvature without this argument works in one process, or with sync=False.
+        * ``groups``, for structure "block": T, where the rows are those of T positions in each sample, (N T, m),
+          sample by sample.
+        * ``weight``, for a curvature whose :meth:`streams` answers True. It gets the rows as they arrived, ``w g_i`` in
+          the outputs' dtype, and w, no dimensions (None: 1); it returns ``w step_i``, in the same dtype.
         """
-        ...
+
+    def wants_hessian(self, features: int) -> bool:
+        """Whether the next step uses Hessian-vector products of outputs with so many features."""
+        return self.needs_hessian
+
+    def streams(self, gradient: Tensor) -> bool:
+        """Whether the next step takes these rows in their own dtype, with their weight; see :meth:`step`."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
-        """The running state as plain types and tensors."""
-        ...
+        """The running state as plain types and tensors; empty by default."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - nothing to restore by default
+        """Restore what :meth:`state_dict` gave."""
 
 
 def check_power(power: Any) -> float:
@@ -126,8 +168,8 @@ def check_power(power: Any) -> float:
 
 def describe(curvature: Any) -> str:
     """``repr`` of a curvature by its arguments; refresh_every only where it does something."""
-    kept = f", refresh_every={curvature.refresh_every}" if curvature.refresh_every > 1 else ""
-    return f"{type(curvature).__name__}(structure={curvature.structure!r}, power={curvature.power:g}{kept})"
+    refresh = f", refresh_every={curvature.refresh_every}" if curvature.refresh_every > 1 else ""
+    return f"{type(curvature).__name__}(structure={curvature.structure!r}, power={curvature.power:g}{refresh})"
 
 
 def check_groups(n: int, groups: int) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from newton_plugin._curvature.damping import AutoDamping, Damping, _BatchRelative
+from newton_plugin._curvature.damping import AutoDamping, BatchRelative, Damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
-from newton_plugin._curvature.protocol import (
-    HVP,
-    CurvatureStep,
-)
+from newton_plugin._curvature.protocol import HVP, CurvatureStep
 from newton_plugin._errors import check_positive
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
@@ -44,5 +41,6 @@ class SoftNormalization(EmpiricalFisher):
         weight: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
-        own = _BatchRelative(self.c * gradient.shape[1]) if isinstance(damping, AutoDamping) else damping
+        relative = isinstance(damping, AutoDamping)
+        own = BatchRelative(self.c * gradient.shape[1]) if relative else damping
         return super().step(gradient, hvp, own, ranks, 1, weight)

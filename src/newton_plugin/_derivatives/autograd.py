@@ -15,16 +15,36 @@ from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.sample_hessians import HessianUnavailable, SampleHessians
 from newton_plugin._errors import NoGradientError
 from newton_plugin._runtime.fabric import past_fabrics_guard
-from newton_plugin._step.rule import StepRule
 
-__all__ = ["Gradients", "Scaling", "SinglePassError", "hessian_products", "loss_gradients", "no_second_pass"]
+__all__ = [
+    "Gradients",
+    "Probing",
+    "Scaling",
+    "SinglePassError",
+    "hessian_products",
+    "loss_gradients",
+    "no_second_pass",
+]
 
 Scaling = Literal["mean", "sum", "per_row"]
 """How the gradient that arrives at the loss is spread over its samples."""
 
 
 class SinglePassError(NoGradientError):
-    """The backward of the loss can run once only: torch.compile lets it write into what the forward has saved."""
+    """The backward of the loss can run only once: torch.compile lets it write into what the forward has saved."""
+
+
+@dataclass
+class Probing:
+    """What has been learned about differentiating one loss twice. A rule keeps it from step to step.
+
+    Attributes:
+        batched: whether one pass can take several vectors; False once an operation had no batching rule.
+        verified: whether the loss is known to be differentiable twice; False as long as nobody has looked.
+    """
+
+    batched: bool = True
+    verified: bool = False
 
 
 @dataclass
@@ -33,7 +53,7 @@ class Gradients:
 
     Attributes:
         gradients: per-sample gradients at each boundary, in its shape.
-        upstream: what arrives at each listened-to operation.
+        upstream: what arrives at each observed operation.
         cause: why ``gradients`` cannot be differentiated again; empty if they can or if nobody asked.
     """
 
@@ -47,18 +67,27 @@ def loss_gradients(
     boundaries: Sequence[Boundary],
     layouts: Sequence[RowLayout],
     scaling: Scaling,
-    listened: Sequence[Node | None],
+    observed: Sequence[Node | None],
     twice: bool,
     verified: bool = False,
 ) -> Gradients:
-    """Per-sample gradients in the shape of the outputs, and the gradient that arrives at ``listened`` operations.
+    """Per-sample gradients in the shape of the outputs, and the gradients that arrive at ``observed`` operations.
 
-    The seed N (for a mean) is given to backward and not multiplied afterwards: in half precision the gradients
-    of a mean underflow.
+    For a mean the backward pass starts with the seed N. A multiplication by N afterwards would come too late: in half
+    precision the gradients of a mean underflow.
+
+    Args:
+        loss: one number, or one for each row of a single boundary.
+        boundaries: where outputs meet the loss.
+        layouts: between the outputs of each boundary and their rows.
+        scaling: how the reported loss is made of its samples.
+        observed: for each boundary an operation whose incoming gradient is wanted, or None.
+        twice: whether the gradients will be differentiated again.
+        verified: whether ``twice`` has worked for this loss before.
 
     Raises:
-        SinglePassError: torch.compile has made a backward that allows no pass of our own beside the user's. Nothing
-            has been computed then, and the graph is as it was.
+        SinglePassError: the backward that torch.compile has made can run once, and the user needs it. Nothing has been
+            computed then, and the graph is as it was.
     """
     seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
     if loss.dtype in (torch.float16, torch.bfloat16):
@@ -66,14 +95,14 @@ def loss_gradients(
     upstream: list[Tensor | None] = [None] * len(boundaries)
     cause = ""
     try:
-        raw, changed = _differentiate(loss, seed, boundaries, listened, upstream, twice)
+        raw, changed = _differentiate(loss, seed, boundaries, observed, upstream, twice)
     except (torch.OutOfMemoryError, SinglePassError):
         raise
     except RuntimeError as error:
         if not twice:
             raise
         (raw, changed), cause = (
-            _differentiate(loss, seed, boundaries, listened, upstream, False),
+            _differentiate(loss, seed, boundaries, observed, upstream, False),
             _first_line(error),
         )
     if twice and not verified and changed():  # waits for the device
@@ -95,21 +124,21 @@ def _differentiate(
     loss: Tensor,
     seed: float,
     boundaries: Sequence[Boundary],
-    listened: Sequence[Node | None],
+    observed: Sequence[Node | None],
     upstream: list[Tensor | None],
     create_graph: bool,
 ) -> tuple[list[Tensor | None], Callable[[], bool]]:
     """``seed * d loss / d boundary``, as the loss's own operations send it; fills ``upstream``.
 
-    What autograd returns for the boundary has passed the hooks that the user may have put on that tensor (they fire in
-    any backward pass). Those belong below the loss, and get the step; so the gradient is taken before they see it.
+    What autograd returns for the boundary has passed the hooks that a user may have put on that tensor: they fire in
+    every backward pass. They belong below the loss and see the step later. So the gradient is recorded before them.
 
     Returns:
         the gradients, and a function that tells whether such hooks have changed what autograd returned.
     """
     sent: list[Tensor | None] = [None] * len(boundaries)
 
-    def listen(which: int, positions: Sequence[int]) -> Callable[[Any, Any], None]:
+    def record_sent(which: int, positions: Sequence[int]) -> Callable[[Any, Any], None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> None:
             for position in positions:
                 grad, before = grad_inputs[position], sent[which]
@@ -118,18 +147,18 @@ def _differentiate(
 
         return hook
 
-    def hear(which: int) -> Callable[[Any, Any], None]:
+    def record_arrived(which: int) -> Callable[[Any, Any], None]:
         def hook(_: Any, grad_outputs: tuple[Tensor | None, ...]) -> None:
             upstream[which] = grad_outputs[0]
 
         return hook
 
     handles = [
-        node.register_hook(listen(which, positions))
+        node.register_hook(record_sent(which, positions))
         for which, boundary in enumerate(boundaries)
         for node, positions in boundary.consumers
     ]
-    handles += [node.register_hook(hear(which)) for which, node in enumerate(listened) if node is not None]
+    handles += [node.register_hook(record_arrived(which)) for which, node in enumerate(observed) if node is not None]
     try:
         with torch.enable_grad(), past_fabrics_guard():
             returned = torch.autograd.grad(
@@ -160,7 +189,7 @@ def _differentiate(
 
 
 def no_second_pass(cause: str) -> SampleHessians:
-    """Hessians that are asked for and cannot be had."""
+    """Hessians that a curvature asks for and nobody can compute: their products raise ``cause``."""
 
     def hvp(_: Tensor) -> Tensor:
         raise HessianUnavailable(cause)
@@ -169,9 +198,17 @@ def no_second_pass(cause: str) -> SampleHessians:
 
 
 def hessian_products(
-    gradient: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule, cause: str
+    gradient: Tensor, boundary: Boundary, layout: RowLayout, probing: Probing, cause: str
 ) -> SampleHessians:
-    """Products by differentiating ``gradient`` again."""
+    """Products by differentiating ``gradient`` again.
+
+    Args:
+        gradient: of the loss at the boundary, in its shape, with its graph.
+        boundary: where it was taken.
+        layout: between the outputs and their rows.
+        probing: what is known of this loss; learns.
+        cause: why ``gradient`` cannot be differentiated; empty if it can.
+    """
 
     def run(probes: Tensor, batched: bool) -> Tensor:
         with past_fabrics_guard():
@@ -187,18 +224,18 @@ def hessian_products(
                 or "the gradient does not depend on the outputs (a piecewise linear loss, or one that is "
                 "differentiable only once)"
             )
-        if not rule.twice_differentiable:
+        if not probing.verified:
             if differentiable_once(gradient):
                 raise HessianUnavailable("an operation of the loss is differentiable only once")
-            rule.twice_differentiable = True
+            probing.verified = True
         probes = layout.from_rows(vectors).to(gradient.dtype)
-        if rule.batched_probes:
+        if probing.batched:
             try:
                 return layout.to_rows(run(probes, True)).to(vectors)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                rule.batched_probes = False  # an operation without a batching rule: one probe at a time
+                probing.batched = False  # an operation without a batching rule: one probe at a time
         try:
             products = torch.stack([run(probe, False) for probe in probes])
         except torch.OutOfMemoryError:

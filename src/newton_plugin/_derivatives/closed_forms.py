@@ -1,4 +1,4 @@
-r"""Hessians that need no second differentiation, read off the graph of a loss that has been computed.
+r"""Hessians in closed form, found in the graph of a loss that has been computed: no second differentiation.
 
 With respect to the outputs y of one sample (p = softmax(y), s = sigmoid(y), G the gradient that reaches the operation):
 
@@ -8,8 +8,11 @@ With respect to the outputs y of one sample (p = softmax(y), s = sigmoid(y), G t
 * ``binary_cross_entropy_with_logits``: ``diag(G w s (1 - s) (pos_weight t + 1 - t))``;
 * a loss that brings its own Hessian: :func:`with_hessian`.
 
-Each holds where every way from the loss to the outputs leads through that operation, and the operations between it and
-the loss are linear: then the second derivative of the whole is the operation's own, weighted by G.
+Each holds where every path from the loss to the outputs leads through that operation, and the operations between it and
+the loss are linear. Then the second derivative of the whole is the operation's own, weighted by G.
+
+A new closed form for an operation of torch is one function here and one line in ``_OPERATIONS``. A loss of your own
+says what its Hessian is by :func:`with_hessian`.
 """
 
 from __future__ import annotations
@@ -37,23 +40,23 @@ from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
 
-__all__ = ["Form", "find_form", "with_hessian"]
+__all__ = ["ClosedForm", "find_closed_form", "with_hessian"]
 
-# Whatever constants they hold, their second derivative is zero.
+# Operations whose second derivative is zero, whatever constants they hold.
 _LINEAR = frozenset(("Add", "Alias", "Cat", "Clone", "Div", "Expand", "Index", "MaskedFill", "Mean", "Mul", "Neg")) | {
     *("NllLoss", "NllLoss2D", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze", "Stack", "Sub", "Sum", "T"),
     *("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View", "Where"),
 }
 _NONE, _MEAN = 0, 1  # torch's codes of a reduction
-_BLOCK_ELEMENTS = 2**25  # of (N, m, m), 256 MiB: more are not formed where a loss brings products as well
+_BLOCK_ELEMENTS = 2**25  # of (N, m, m), 256 MiB: larger blocks are not formed where a loss has products as well
 
 
 @dataclass(frozen=True)
-class Form:
-    """A closed form for the Hessian at one boundary.
+class ClosedForm:
+    """The Hessian at one boundary, in closed form.
 
     Attributes:
-        node: the operation; the gradient that arrives at it in a backward pass is what :attr:`hessians` takes.
+        node: the operation. The gradient that arrives at it in a backward pass is the argument of :attr:`hessians`.
         hessians: from that gradient, in the scale of ``g_i``, to the samples' Hessians. Holds tensors, no graph.
     """
 
@@ -72,7 +75,7 @@ def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor], *,
             depend on one another.
         blocks: gives (N, m, m): the second derivatives of ``loss`` (of its i-th entry, if it is one for each sample)
             with respect to each sample's outputs, as they were when the loss was computed. For a mean over N samples
-            the 1/N is in it.  Let it hold detached tensors only.
+            the 1/N is in it.  Let it refer to detached tensors only.
         products: gives ``H_i v_i`` of the same matrices, (K, N, m) -> (K, N, m): K vectors for every sample. Called in
             place of ``blocks`` where those would take more than 256 MiB.
 
@@ -104,7 +107,7 @@ def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor], *,
             f"{tuple(loss.shape)} and {tuple(outputs.shape)}."
         )
     if not torch.is_grad_enabled() or not outputs.requires_grad:
-        return loss  # evaluation: nobody will ask
+        return loss  # evaluation: no Newton step will ask
     if loss.grad_fn is None:
         raise NoGradientError("loss has no autograd graph though outputs require grad: was it detached?")
     edge = get_gradient_edge(outputs)
@@ -123,7 +126,7 @@ class _Provided:
         return self.blocks()
 
 
-def find_form(root: Node, boundary: Boundary, layout: RowLayout) -> Form | None:
+def find_closed_form(root: Node, boundary: Boundary, layout: RowLayout) -> ClosedForm | None:
     """The closed form at ``boundary`` of the loss whose graph begins at ``root``; None if there is none."""
     edge = (boundary.edge.node, boundary.edge.output_nr)
     ends = _nonlinear_ends(root, edge)
@@ -132,15 +135,15 @@ def find_form(root: Node, boundary: Boundary, layout: RowLayout) -> Form | None:
     (node,) = ends
     known = known_hessian(node)
     if known is not None and known[0] == edge:
-        return Form(node, _provided(known[1], layout))
-    form = _FORMS.get(operation(node))
-    if form is None or not _is_builtin(node) or [e for e in node.next_functions if e[0] is not None] != [edge]:
+        return ClosedForm(node, _provided(known[1], layout))
+    hessians_of = _OPERATIONS.get(operation(node))
+    if hessians_of is None or not _is_builtin(node) or [e for e in node.next_functions if e[0] is not None] != [edge]:
         return None
     try:
-        hessians = form(node, layout)
-    except RuntimeError:  # a saved tensor that was freed, or changed in place
+        hessians = hessians_of(node, layout)
+    except RuntimeError:  # a saved tensor was freed, or changed in place
         return None
-    return None if hessians is None else Form(node, hessians)
+    return None if hessians is None else ClosedForm(node, hessians)
 
 
 def _nonlinear_ends(root: Node, edge: Edge) -> list[Node]:
@@ -162,7 +165,7 @@ def _nonlinear_ends(root: Node, edge: Edge) -> list[Node]:
 
 
 def _is_builtin(node: Node) -> bool:
-    """Whether the operation is torch's: a Function of the user's may have any name."""
+    """Whether the operation is one of torch: a user's Function may have the same name."""
     return node.name()[-1:].isdigit()
 
 
@@ -210,12 +213,12 @@ def _log_softmax(node: Node, layout: RowLayout) -> Callable[[Tensor], SampleHess
     dim = dim - 2**64 + result.ndim if dim > 2**63 else dim  # torch shows -1 as 2^64 - 1
     if layout.feature_axes != (dim,):
         return None
-    # Not exp(): rounded to float32, probabilities whose sum is above 1 would give H a negative eigenvalue.
+    # Not exp(result): probabilities rounded to float32, with a sum above 1, would give H a negative eigenvalue.
     probability = torch.softmax(layout.to_rows(result).to(working_dtype(result.device)), -1)
 
     def hessians(upstream: Tensor) -> SampleHessians:
         weight = -layout.to_rows(upstream).sum(-1)
-        return SampleHessians.of_form(DiagonalRankOne(weight.unsqueeze(-1) * probability, weight, probability))
+        return SampleHessians.of_rank_one(DiagonalRankOne(weight.unsqueeze(-1) * probability, weight, probability))
 
     return hessians
 
@@ -251,12 +254,12 @@ def _elementwise(
 
     def hessians(upstream: Tensor) -> SampleHessians:
         weight = layout.to_rows(upstream) if reduction == _NONE else upstream
-        return SampleHessians.of_form(DiagonalRankOne(rows * weight))
+        return SampleHessians.of_rank_one(DiagonalRankOne(rows * weight))
 
     return hessians
 
 
-_FORMS: dict[str, Callable[[Node, RowLayout], Callable[[Tensor], SampleHessians] | None]] = {
+_OPERATIONS: dict[str, Callable[[Node, RowLayout], Callable[[Tensor], SampleHessians] | None]] = {
     "LogSoftmax": _log_softmax,
     "MseLoss": _squared_error,
     "BinaryCrossEntropyWithLogits": _binary_cross_entropy,

@@ -1,4 +1,4 @@
-"""Does a loss mix the samples of its batch?"""
+"""Does a loss couple the samples of its batch? One probe with random signs tells."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def samples_are_independent(hvp: HVP, gradient: Tensor) -> bool:
     n, m = gradient.shape
     if n < 2:
         return False
-    # A generator of its own: the user's random state is not touched.
+    # A separate generator: the user's random state stays as it is.
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(n, m, generator=generator, dtype=torch.float64).to(gradient)
     signs = (torch.arange(n) % 2 * 2.0 - 1)[torch.randperm(n, generator=generator)].to(gradient).unsqueeze(1)

@@ -1,22 +1,28 @@
-"""Numbers about the last step, for people and loggers."""
+"""The numbers that people and loggers read of a step.
+
+A new logged number begins here: every key of the dictionary reaches ``LossHook.diagnostics()``,
+``NewtonLoss.diagnostics()`` and, as ``newton/<key>``, the loggers of the Lightning callback and of the Trainer of
+transformers. What it is computed from has to be in the :class:`CurvatureStep` of the last step or in the
+:class:`StepRule`; nothing is computed before somebody asks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from newton_plugin._linalg.large_rows import row_lengths
+from newton_plugin._linalg.large_rows import squared_norms
 from newton_plugin._step.rule import StepRule
 
 __all__ = ["diagnostics"]
 
 
 def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: int = 0) -> dict[str, float]:
-    """See :meth:`newton_plugin.LossHook.diagnostics`. Waits for the device.
+    """The numbers that :meth:`newton_plugin.LossHook.diagnostics` describes. Waits for the device.
 
     Args:
-        used: the rules of the last step.
-        rules: all there are.
-        skipped: batches without a boundary.
+        used: the rules of the last step, one for each boundary.
+        rules: the rules of all boundaries so far.
+        skipped: the number of batches without a boundary.
     """
     last = [(rule, rule.last) for rule in used if rule.last is not None]
     if not last:
@@ -34,17 +40,17 @@ def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: in
 
 
 def _mean_squares(rule: StepRule) -> tuple[float, float]:
-    """Mean over the samples of the last ``|g_i|^2`` and ``|step_i|^2``."""
-    last, count = rule.last, 1
+    """The means over the samples of ``|g_i|^2`` and ``|step_i|^2`` at the last step."""
+    last = rule.last
     assert last is not None
-    sizes = getattr(last, "sizes", None)
-    if sizes is not None:
-        squared, taken = sizes()
+    if last.sizes is not None:
+        squared, stepped = last.sizes()
     else:
         assert rule.last_gradient is not None
-        squared, taken = row_lengths(rule.last_gradient).sum(), row_lengths(last.step).sum()
+        squared, stepped = squared_norms(rule.last_gradient).sum(), squared_norms(last.step).sum()
         if rule.last_weight is not None:
-            squared, taken = squared / rule.last_weight.square(), taken / rule.last_weight.square()
+            squared, stepped = squared / rule.last_weight.square(), stepped / rule.last_weight.square()
     count = max(1, last.step.shape[0])
-    fine = last.fine is None or bool(last.fine)
-    return float(squared) / count, float(taken if fine else squared) / count
+    verdict = last.finiteness.taken
+    kept_gradient = verdict is not None and not bool(verdict)
+    return float(squared) / count, float(squared if kept_gradient else stepped) / count

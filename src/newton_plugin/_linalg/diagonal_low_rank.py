@@ -1,19 +1,13 @@
-r"""Diagonal plus low rank: the curvature of cross-entropy, inverted without an m x m matrix.
+r"""A diagonal plus a matrix of low rank: the mean Hessian of cross-entropy, inverted without an m x m matrix.
 
-One sample's Hessian ``H = diag(D) - a p p'`` is inverted in O(m) by the formula of Sherman and Morrison, with
-E = D + d:
-
-    (diag(E) - a p p')^-1 g = E^-1 g + E^-1 p (a p' E^-1 g) / (1 - a p' E^-1 p).
-
-If all E > 0, the matrix is positive definite exactly where the denominator is positive. The mean over N samples is
-``C = diag(mean D) - P' W P``, the rows of P being p_i and W = diag(a_i / N), and N < m makes the formula of Woodbury
-cheap. With R = W^1/2 P, which is never formed:
+The mean over N samples of ``diag(d_i) - a_i p_i p_i'`` is ``C = diag(mean d) - P' W P``, the rows of P being p_i and
+W = diag(a_i / N). Where N < m the formula of Woodbury is cheap. With E = mean d + damping and R = W^1/2 P, which is
+never formed:
 
     (diag(E) - R' R)^-1 = E^-1 + E^-1 R' (I - R E^-1 R')^-1 R E^-1,
 
 an N x N system, positive definite exactly where C + d I is. What is not positive definite is repaired by the
-absolute values of its eigenvalues, as everywhere: densely where the matrices are small, in Krylov spaces or from a
-sketch elsewhere. No loss of PyTorch with non-negative class weights gets there.
+absolute values of its eigenvalues, as everywhere: of the dense matrix where it is small, of a sketch elsewhere.
 """
 
 from __future__ import annotations
@@ -23,19 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newton_plugin._linalg.damped_inverse import (
-    Inverse,
-    finite_or_identity,
-    identity_rows,
-    spectral_inverse,
-)
+from newton_plugin._linalg.damped_inverse import Inverse, finite_or_identity, identity_rows, spectral_inverse
+from newton_plugin._linalg.diagonal_rank_one import REPAIR_FEATURES
 from newton_plugin._linalg.sketch import Sketch, probes_for, sketch
 
-__all__ = [
-    "DiagonalLowRank",
-]
-
-_DENSE_FEATURES = 1024  # up to here a repair may form its matrix
+__all__ = ["DiagonalLowRank"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class DiagonalLowRank:
     matrix = None
 
     def scale(self) -> Tensor:
-        # ||C||_F^2 from N x N. Where C is rounding beside its two terms, so is the difference of these.
+        # ||C||_F^2 from N x N numbers. Where the two terms of C cancel up to rounding, this is rounding as well.
         gram = self._between(self.rows @ self.rows.mT)
         mixed = (self.rows.square() @ self.diagonal) @ self.roots.square()
         squared = self.diagonal.square().sum() + 2 * self.factor * mixed + self.factor.square() * gram.square().sum()
@@ -84,6 +70,7 @@ class DiagonalLowRank:
         return solve
 
     def _between(self, gram: Tensor) -> Tensor:
+        """``diag(r) A diag(r)`` for A (N, N)."""
         return self.roots.unsqueeze(-1) * gram * self.roots
 
     def _times(self, vectors: Tensor) -> Tensor:
@@ -95,7 +82,7 @@ class DiagonalLowRank:
 
     def _spectral(self, damping: Tensor, power: float) -> Inverse:
         """Through the eigenvalues of C where it is small, of its sketch where it is large."""
-        if self.diagonal.shape[0] <= _DENSE_FEATURES:
+        if self.diagonal.shape[0] <= REPAIR_FEATURES:
             return spectral_inverse(self._dense(), damping, power)
         return self._sketch().inverse(damping, power)
 
@@ -104,7 +91,7 @@ class DiagonalLowRank:
         return sketch(probes, self._times(probes))
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        if self.diagonal.shape[0] > _DENSE_FEATURES:
+        if self.diagonal.shape[0] > REPAIR_FEATURES:
             return self._sketch().extremes()
         values = torch.linalg.eigvalsh(finite_or_identity(self._dense()))
         return values.min(), values.max()

@@ -1,4 +1,13 @@
-"""x"""
+r"""A diagonal minus a rank-one matrix for each sample: the Hessian of cross-entropy, and its damped inverse in O(m).
+
+One sample's Hessian ``H = diag(d) - a p p'`` is inverted by the formula of Sherman and Morrison. With E = d + damping,
+
+    (diag(E) - a p p')^-1 g = E^-1 g + E^-1 p (a p' E^-1 g) / (1 - a p' E^-1 p).
+
+If all E > 0, the matrix is positive definite exactly where the denominator is positive. A sample whose matrix is not
+positive definite is repaired by the absolute values of its eigenvalues, as everywhere: densely where the matrices are
+small, in Krylov spaces elsewhere. No loss of PyTorch with non-negative class weights needs that.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newton_plugin._linalg.damped_inverse import (
-    shifted_eigenvalues,
-    spectral_inverse,
-)
-from newton_plugin._linalg.diagonal_low_rank import _DENSE_FEATURES
+from newton_plugin._linalg.damped_inverse import shifted_eigenvalues, spectral_inverse
 from newton_plugin._linalg.krylov import KrylovOptions, lockstep_power
+from newton_plugin._linalg.sketch import random_signs
 
-__all__ = ["DiagonalRankOne"]
+__all__ = ["REPAIR_FEATURES", "DiagonalRankOne"]
+
+REPAIR_FEATURES = 1024  # up to here a repair may form its matrix: 8 MiB in float64
+_REPAIR_ELEMENTS = 2**25  # of the matrices of all samples that are repaired, 256 MiB
+_CACHE_ELEMENTS = 2**15  # of the rows that are worked on at once on a CPU, 256 KiB: three times as fast
 
 
 @dataclass(frozen=True)
@@ -33,98 +43,104 @@ class DiagonalRankOne:
     vector: Tensor | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Products, (K, N, m) -> (K, N, m)."""
+        """``H_i v_ki``, (K, N, m) -> (K, N, m)."""
         product = self.diagonal * vectors
         if self.weight is None or self.vector is None:
             return product
         inner = (self.vector * vectors).sum(-1, keepdim=True)
         return product - self.weight.unsqueeze(-1) * self.vector * inner
 
+    def to(self, rows: Tensor) -> DiagonalRankOne:
+        """The same for rows (N, m): in their dtype, on their device, with one diagonal for each row."""
+        diagonal = self.diagonal.to(rows).expand(rows.shape)
+        if self.weight is None or self.vector is None:
+            return DiagonalRankOne(diagonal)
+        return DiagonalRankOne(diagonal, self.weight.to(rows), self.vector.to(rows))
 
-_DENSE_ELEMENTS = 2**25  # 256 MiB
+    def second_term(self) -> tuple[Tensor, Tensor]:
+        """a, (N,), and p, (N, m); zeros if there is no second term."""
+        if self.weight is None or self.vector is None:
+            return self.diagonal.new_zeros(len(self.diagonal)), torch.zeros_like(self.diagonal)
+        return self.weight, self.vector
 
+    def dense(self) -> Tensor:
+        """All H_i, (N, m, m)."""
+        matrices = torch.diag_embed(self.diagonal)
+        if self.weight is None or self.vector is None:
+            return matrices
+        return matrices - (self.weight.unsqueeze(-1) * self.vector).unsqueeze(-1) * self.vector.unsqueeze(-2)
 
-_CACHE_ELEMENTS = 2**15  # 256 KiB
+    def diagonals(self) -> Tensor:
+        """The diagonals of all H_i, (N, m)."""
+        if self.weight is None or self.vector is None:
+            return self.diagonal
+        return self.diagonal - self.weight.unsqueeze(-1) * self.vector.square()
 
+    def squared_norms(self) -> Tensor:
+        """``||H_i||_F^2``, (N,)."""
+        return torch.cat([part._squared_norms() for part, _ in self._parts(self.diagonal)])
 
-def rank_one(form: DiagonalRankOne) -> tuple[Tensor, Tensor]:
-    """a (N,) and p (N, m)."""
-    if form.weight is None or form.vector is None:
-        return form.diagonal.new_zeros(len(form.diagonal)), torch.zeros_like(form.diagonal)
-    return form.weight, form.vector
+    def _squared_norms(self) -> Tensor:
+        if self.weight is None or self.vector is None:
+            return torch.linalg.vecdot(self.diagonal, self.diagonal)
+        own = self.vector.square()
+        diagonal = self.diagonal - self.weight.unsqueeze(-1) * own
+        # What (a p p')^2 has beside its own diagonal.
+        beside = (own.sum(-1).square() - torch.linalg.vecdot(own, own)).clamp_min(0)
+        return torch.linalg.vecdot(diagonal, diagonal) + self.weight.square() * beside
 
+    def inverse_times(self, gradient: Tensor, damping: Tensor, power: float) -> Tensor:
+        """``(H_i + d I)^-power g_i`` for every sample: (N, m) -> (N, m); d has no dimensions."""
+        return torch.cat([part._inverse_times(rows, damping, power) for part, rows in self._parts(gradient)])
 
-def dense_samples(form: DiagonalRankOne, n: int, m: int) -> Tensor:
-    """All H_i, (N, m, m)."""
-    matrices = torch.diag_embed(form.diagonal.expand(n, m))
-    if form.weight is None or form.vector is None:
-        return matrices
-    return matrices - (form.weight.unsqueeze(-1) * form.vector).unsqueeze(-1) * form.vector.unsqueeze(-2)
+    def _inverse_times(self, gradient: Tensor, damping: Tensor, power: float) -> Tensor:
+        if self.weight is None or self.vector is None:
+            return gradient * shifted_eigenvalues(self.diagonal, damping).pow(-power)
+        if power != 1:
+            return self._repaired(gradient, damping, power)
+        shifted = self.diagonal + damping
+        scaled = self.vector / shifted
+        denominator = 1 - self.weight * torch.linalg.vecdot(scaled, self.vector)
+        solved = gradient / shifted
+        inner = self.weight * torch.linalg.vecdot(solved, self.vector) / denominator
+        solved.addcmul_(inner.unsqueeze(-1), scaled)
+        indefinite = (denominator <= 0) | (shifted.amin(-1) <= 0)
+        if bool(indefinite.any()):  # waits for the device, as every repair does
+            part = DiagonalRankOne(self.diagonal[indefinite], self.weight[indefinite], self.vector[indefinite])
+            solved[indefinite] = part._repaired(gradient[indefinite], damping, power)
+        return solved
 
+    def _repaired(self, gradient: Tensor, damping: Tensor, power: float) -> Tensor:
+        n, m = gradient.shape
+        if m <= REPAIR_FEATURES and n * m * m <= _REPAIR_ELEMENTS:
+            matrices = self.dense()
+            finite = torch.isfinite(matrices).all(-1, keepdim=True).all(-2, keepdim=True)
+            solved = spectral_inverse(torch.where(finite, matrices, 0.0), damping, power)(gradient)
+            return torch.where(finite.squeeze(-1), solved, torch.nan)
+        options = KrylovOptions(tolerance=1e-10, most=64)
+        return lockstep_power(self._of_one, gradient, damping, power, options).step
 
-def sample_diagonals(form: DiagonalRankOne, n: int, m: int) -> Tensor:
-    """The diagonals of all H_i, (N, m)."""
-    diagonal = form.diagonal.expand(n, m)
-    if form.weight is None or form.vector is None:
-        return diagonal
-    return diagonal - form.weight.unsqueeze(-1) * form.vector.square()
+    def extremes(self, damping: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest eigenvalue of any H_i: exact for a diagonal, else as far as 48 products show.
 
+        Args:
+            damping: decides how many of the products are needed.
+        """
+        if self.weight is None:
+            return self.diagonal.min(), self.diagonal.max()
+        start = random_signs(tuple(self.diagonal.shape), self.diagonal)
+        return lockstep_power(self._of_one, start, damping, 1.0, KrylovOptions(1e-10, 48)).extremes
 
-def sample_squares(form: DiagonalRankOne, n: int, m: int) -> Tensor:
-    """``||H_i||_F^2``, (N,): the diagonal's squares, and what ``(a p p')^2`` has beside its own diagonal."""
-    return torch.cat([_squares(part) for part, _ in _chunks(form, form.diagonal.expand(n, m))])
+    def _of_one(self, vectors: Tensor) -> Tensor:
+        """``H_i v_i``, (N, m) -> (N, m)."""
+        return self(vectors.unsqueeze(0))[0]
 
-
-def _squares(form: DiagonalRankOne) -> Tensor:
-    if form.weight is None or form.vector is None:
-        return torch.linalg.vecdot(form.diagonal, form.diagonal)
-    own = form.vector.square()
-    diagonal = form.diagonal - form.weight.unsqueeze(-1) * own
-    beside = (own.sum(-1).square() - torch.linalg.vecdot(own, own)).clamp_min(0)
-    return torch.linalg.vecdot(diagonal, diagonal) + form.weight.square() * beside
-
-
-def solve_samples(form: DiagonalRankOne, damping: Tensor, gradient: Tensor, power: float) -> Tensor:
-    """``(H_i + d I)^-power g_i`` for every sample; (N, m) to (N, m)."""
-    return torch.cat([_solve(part, damping, rows, power) for part, rows in _chunks(form, gradient)])
-
-
-def _chunks(form: DiagonalRankOne, gradient: Tensor) -> Iterator[tuple[DiagonalRankOne, Tensor]]:
-    """A few samples at a time on a CPU, so that what is made on the way stays in its cache: three times as fast."""
-    n, m = gradient.shape
-    diagonal = form.diagonal.expand(n, m)
-    size = max(1, _CACHE_ELEMENTS // max(1, m)) if gradient.device.type == "cpu" else max(1, n)
-    for first in range(0, max(1, n), size):
-        at = slice(first, first + size)
-        weight = None if form.weight is None else form.weight[at]
-        vector = None if form.vector is None else form.vector[at]
-        yield DiagonalRankOne(diagonal[at], weight, vector), gradient[at]
-
-
-def _solve(form: DiagonalRankOne, damping: Tensor, gradient: Tensor, power: float) -> Tensor:
-    if form.weight is None or form.vector is None:
-        return gradient * shifted_eigenvalues(form.diagonal, damping).pow(-power)
-    if power != 1:
-        return _repaired(form, damping, gradient, power)
-    shifted = form.diagonal + damping
-    scaled = form.vector / shifted
-    left = 1 - form.weight * torch.linalg.vecdot(scaled, form.vector)
-    solved = gradient / shifted
-    inner = form.weight * torch.linalg.vecdot(solved, form.vector) / left
-    solved.addcmul_(inner.unsqueeze(-1), scaled)
-    failed = (left <= 0) | (shifted.amin(-1) <= 0)
-    if bool(failed.any()):  # waits for the device, as every repair does
-        part = DiagonalRankOne(form.diagonal[failed], form.weight[failed], form.vector[failed])
-        solved[failed] = _repaired(part, damping, gradient[failed], power)
-    return solved
-
-
-def _repaired(form: DiagonalRankOne, damping: Tensor, gradient: Tensor, power: float) -> Tensor:
-    n, m = gradient.shape
-    if m <= _DENSE_FEATURES and n * m * m <= _DENSE_ELEMENTS:
-        matrices = dense_samples(form, n, m)
-        finite = torch.isfinite(matrices).all(-1, keepdim=True).all(-2, keepdim=True)
-        solved = spectral_inverse(torch.where(finite, matrices, 0.0), damping, power)(gradient)
-        return torch.where(finite.squeeze(-1), solved, torch.nan)
-    options = KrylovOptions(tolerance=1e-10, most=64)
-    return lockstep_power(lambda v: form(v.unsqueeze(0))[0], gradient, damping, power, options).step
+    def _parts(self, gradient: Tensor) -> Iterator[tuple[DiagonalRankOne, Tensor]]:
+        """A few samples at a time on a CPU, so that intermediate results stay in its cache."""
+        n, m = gradient.shape
+        size = max(1, _CACHE_ELEMENTS // max(1, m)) if gradient.device.type == "cpu" else max(1, n)
+        for first in range(0, max(1, n), size):
+            at = slice(first, first + size)
+            weight = None if self.weight is None else self.weight[at]
+            vector = None if self.vector is None else self.vector[at]
+            yield DiagonalRankOne(self.diagonal[at], weight, vector), gradient[at]

@@ -1,26 +1,26 @@
 r"""``(H_i + d I)^-p g_i`` for all samples at once, from Hessian-vector products alone.
 
-The conjugate gradient method in its other dress: Lanczos' recurrence builds, for each sample, an orthonormal basis V
-of span{g, H g, H^2 g, ...} in which H is a small tridiagonal matrix T = V' H V. Where H + d I is positive definite,
-``|g| V (T + d I)^-1 e_1`` is the iterate of conjugate gradients, residual and all. But T also shows what conjugate
-gradients only stumble over: a negative eigenvalue of T is a direction of negative curvature, and with
+This is the conjugate gradient method, written as Lanczos' recurrence. It builds, for each sample, an orthonormal basis
+V of span{g, H g, H^2 g, ...} in which H is a small tridiagonal matrix T = V' H V. Where H + d I is positive definite,
+``|g| V (T + d I)^-1 e_1`` is the iterate of conjugate gradients, with the same residual. But T also shows where
+conjugate gradients break down: a negative eigenvalue of T is a direction of negative curvature. With
 
     step = |g| V f(T) e_1,      f(l) = (|l| + d)^-p,
 
-the step is that of the dense repair (:func:`newton_plugin._linalg.damped_inverse.repaired_inverse`) as soon as V spans what H makes of
-g. Before that, after any number of products and for any H, ``g' step = |g|^2 e_1' f(T) e_1 > 0`` and
-``|step| <= d^-p |g|``: neither an ascent direction nor divergence is possible. (The dense solve takes ``l + d`` for a
-negative eigenvalue as long as all of H + d I is positive. A small T may see such an eigenvalue where H has others
-below -d, and steps six times too long were measured; so |l| is taken here at once. The two differ for a Hessian whose
+the step is that of the dense repair (:func:`newton_plugin._linalg.damped_inverse.repaired_inverse`) as soon as V spans
+all that H makes of g. Before that, after any number of products and for any H, ``g' step = |g|^2 e_1' f(T) e_1 > 0``
+and ``|step| <= d^-p |g|``: neither an ascent direction nor divergence is possible. (The dense solve uses ``l + d`` for
+a negative eigenvalue as long as all of H + d I is positive. A small T may see only such an eigenvalue while H has others
+below -d. Steps six times too long were measured then, so |l| is used here at once. The two differ for a Hessian whose
 lowest eigenvalue lies between -d and 0.)
 
 All samples go in lockstep: one Hessian-vector product of the whole batch a round. The basis is kept, so memory is
-(rounds + 6) N m. A new vector is orthogonalised against the first one, which is what the bound on ``g' step`` needs.
-Where more than 16 rounds are allowed it is, from the ninth on, orthogonalised against all: without that a hard problem
-(eigenvalues from 1e-6 to 100) stays at an error of 10 % after as many products as it has features, with it the step is
-exact there. At 16 rounds and less it would double the time for nothing that was seen.
+(rounds + 6) N m. A new vector is orthogonalised against the first one, which the bound on ``g' step`` needs.
+Where more than 16 rounds are allowed, it is orthogonalised against all from the ninth round on. Without that a hard
+problem (eigenvalues from 1e-6 to 100) stays at an error of 10 % after as many products as it has features; with it the
+step is exact there. At 16 rounds and less it would double the time, and no gain was measured.
 
-Eight rounds are what a training step is given unless it asks for more. Relative error against the step that this
+A training step gets eight rounds unless it asks for more. Relative error against the step that this
 converges to, and cosine with it, at m = 200 (40 samples; ``benchmarks.large_outputs.errors``):
 
 =========================================  ==============  ==============
@@ -33,8 +33,9 @@ the same, 0.01                             .88, .57        .81, .60
 =========================================  ==============  ==============
 
 Where H is definite, the residual says how far the step is from the exact one. Where it is not, ``1 / (|l| + d)`` has a
-kink at 0, and many products may be needed to see on which side of it eigenvalues lie: the step is then one of the safe
-steps in between, not the dense one. There is no preconditioner: it would change what the repair means.
+kink at 0, and many products may be needed to see on which side of it eigenvalues lie. The step is then one of the safe
+steps in between, not the dense one. There is no preconditioner: it would change the matrix whose eigenvalues are
+repaired.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positi
 
 __all__ = ["KrylovOptions", "KrylovStep", "check_krylov", "lockstep_power"]
 
-# Rounds after which the residuals are looked at. Each look waits for the device, and costs N small eigenproblems.
-_LOOKS = frozenset((4, 6, 8, 12, 16, 24)) | frozenset(range(32, 4096, 32))
-_FEW, _ORTHOGONAL = 16, 8  # beyond so many rounds in all, the recurrence alone is trusted for so many
+# Rounds after which the residuals are checked. Each check waits for the device, and costs N small eigenproblems.
+_CHECKS = frozenset((4, 6, 8, 12, 16, 24)) | frozenset(range(32, 4096, 32))
+_FEW_ROUNDS = 16  # up to so many rounds in all, a new vector is orthogonalised against the first one alone
+_TRUSTED_ROUNDS = 8  # and in longer solves for so many; then against all
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,10 @@ class KrylovStep:
     Attributes:
         step: (N, m).
         extremes: smallest and largest eigenvalue of any sample's H, as far as the products showed.
-        rounds: Hessian-vector products of the batch that were taken.
     """
 
     step: Tensor
     extremes: tuple[Tensor, Tensor]
-    rounds: int
 
 
 def lockstep_power(
@@ -109,7 +109,7 @@ def lockstep_power(
         damping: positive; no dimensions.
         power: 1 or 0.5.
         options: when to stop.
-        first: ``H_i g_i``, if it is at hand: one product less.
+        first: ``H_i g_i``, if it is known already; saves one product.
     """
     most = min(options.most, gradient.shape[1])
     size = torch.linalg.vector_norm(gradient, dim=-1)
@@ -125,14 +125,14 @@ def lockstep_power(
         new = torch.addcmul(new, alpha.neg().unsqueeze(-1), vector)
         if k > 1:
             new.addcmul_(before.neg().unsqueeze(-1), basis[-2])
-            for old in basis if most > _FEW and k > _ORTHOGONAL else basis[:1]:
+            for old in basis if most > _FEW_ROUNDS and k > _TRUSTED_ROUNDS else basis[:1]:
                 new.addcmul_(_inner(new, old).neg().unsqueeze(-1), old)
         beta = torch.linalg.vector_norm(new, dim=-1)
         largest = torch.maximum(largest, torch.maximum(alpha.abs(), beta))
-        # An exhausted space leaves rounding: stop there, or V would take up noise of unit length.
+        # When the space is exhausted only rounding is left: stop, or V would get noise of unit length.
         beta = torch.where(beta > 1e-14 * largest, beta, 0.0)
         diagonal.append(alpha)
-        if k == most or k in _LOOKS:
+        if k == most or k in _CHECKS:
             weights, values = _weights(diagonal, coupling, damping, power)
             weights = weights * size.unsqueeze(-1)
             residual = beta * weights[:, -1].abs()
@@ -144,7 +144,7 @@ def lockstep_power(
     step = torch.zeros_like(gradient)
     for j, vector in enumerate(basis):
         step.addcmul_(weights[:, j : j + 1], vector)
-    return KrylovStep(step, (values.min(), values.max()), len(basis))
+    return KrylovStep(step, (values.min(), values.max()))
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

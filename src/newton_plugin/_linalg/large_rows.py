@@ -1,10 +1,10 @@
-"""Rows too many to be converted, or even written, more than once.
+"""Arithmetic on rows (N, m) that are too large to be copied: part by part, without a float64 copy of the whole.
 
-A batch of 128 samples with 50,000 outputs is 25 MB in float32 and 50 MB in float64. Reading it takes a millisecond or
-two; a fresh float64 copy takes 24, most of it the system's for new pages, and a formula written out in tensors makes a
-dozen such copies. Here the rows stay in their own dtype, and a part at a time that fits in the cache is converted, used
-and dropped. Every sum is taken in float64 (float32 where the device has no other), every result written once, in the
-dtype of the rows.
+A batch of 128 samples with 50,000 outputs is 25 MB in float32 and 50 MB in float64. To read it takes a millisecond or
+two. A fresh float64 copy takes 24, most of it in the operating system for new pages, and a formula written in tensors
+makes a dozen such copies. Here the rows stay in their own dtype. A part that fits in the cache is converted, used and
+dropped, then the next. Every sum is formed in float64 (float32 where the device has no float64). Every result is
+written once, in the dtype of the rows.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from torch import Tensor
 
 from newton_plugin._linalg.damped_inverse import Inverse, working_dtype
 
-__all__ = ["are_many", "divided", "gram", "row_lengths", "row_products", "summed", "take", "weighed"]
+__all__ = ["are_large", "combine", "divide", "gram", "inner_products", "solve_rows", "squared_norms", "sum_over_rows"]
 
-_MANY = 2**19  # elements above which rows are taken in parts: 4 MiB in float64
-_CACHED = 2**17  # elements of a part, 1 MiB in float64
-_LAUNCHES = 2**24  # on an accelerator a part is for its memory and not for its cache
-_CANCELLING = 3.0  # 5 u r <= 1e-6
-_LARGEST = 1e30  # well within float32
-_PARTS = 4  # of the rows of a Gram matrix, of which the blocks above the diagonal are not computed
+_LARGE = 2**19  # elements above which rows are taken in parts: 4 MiB in float64
+_PART_ELEMENTS = 2**17  # elements of a part on a CPU: 1 MiB in float64, for its cache
+_PART_ELEMENTS_OF_DEVICES = 2**24  # on an accelerator: 128 MiB, to bound the memory
+_MOST_CANCELLATION = 3.0  # r in combine(): rounding stays below 5 u r <= 1e-6
+_LARGEST_WEIGHT = 1e30  # well within float32
+_GRAM_BLOCKS = 4  # per side of a Gram matrix; blocks above the diagonal are not computed
 
 
-def are_many(rows: Tensor) -> bool:
-    """Whether rows (N, m) are to be taken in parts."""
-    return rows.numel() >= _MANY
+def are_large(rows: Tensor) -> bool:
+    """Whether rows (N, m) are worked on in parts."""
+    return rows.numel() >= _LARGE
 
 
 def _parts(length: int, width: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
     """``range(length)`` in slices of whole multiples whose ``width`` fits in the cache."""
-    size = max(1, (_CACHED if device.type == "cpu" else _LAUNCHES) // max(1, width * multiple)) * multiple
+    size = (
+        max(1, (_PART_ELEMENTS if device.type == "cpu" else _PART_ELEMENTS_OF_DEVICES) // max(1, width * multiple))
+        * multiple
+    )
     return (slice(first, min(first + size, length)) for first in range(0, length, size))
 
 
@@ -52,58 +55,62 @@ def _column_parts(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield at, rows[:, at].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def row_lengths(rows: Tensor) -> Tensor:
+def squared_norms(rows: Tensor) -> Tensor:
     """``|g_i|^2``, (N,)."""
-    if not are_many(rows):
+    if not are_large(rows):
         return torch.linalg.vecdot(rows, rows)
     return torch.cat([torch.linalg.vector_norm(part, dim=-1).square() for _, part in _row_parts(rows)])
 
 
-def row_products(a: Tensor, b: Tensor) -> Tensor:
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """``a_i' b_i``, (N,)."""
-    if not are_many(a):
+    if not are_large(a):
         return torch.linalg.vecdot(a, b)
     return torch.cat([torch.linalg.vecdot(part, b[at].to(part.dtype)) for at, part in _row_parts(a)])
 
 
-def summed(rows: Tensor, of: Callable[[Tensor], Tensor], multiple: int = 1) -> Tensor:
-    """The sum of ``of(some rows)`` over all parts, which are whole multiples of ``multiple`` rows."""
-    if not are_many(rows):
-        return of(rows)
+def sum_over_rows(rows: Tensor, term: Callable[[Tensor], Tensor], multiple: int = 1) -> Tensor:
+    """The sum of ``term(part)`` over all parts of the rows; a part has a whole multiple of ``multiple`` rows."""
+    if not are_large(rows):
+        return term(rows)
     total = None
     for _, part in _row_parts(rows, multiple):
-        total = of(part) if total is None else total.add_(of(part))
+        total = term(part) if total is None else total.add_(term(part))
     assert total is not None
     return total
 
 
 def gram(rows: Tensor) -> Tensor:
     """``G G'``, (N, N), in the working dtype."""
-    if not are_many(rows):
+    if not are_large(rows):
         rows = rows.to(working_dtype(rows.device))
         return rows @ rows.mT
     n = rows.shape[0]
     total = rows.new_zeros(n, n, dtype=working_dtype(rows.device))
-    bounds = [n * k // _PARTS for k in range(_PARTS + 1)] if rows.device.type == "cpu" and n >= 8 * _PARTS else [0, n]
+    bounds = (
+        [n * k // _GRAM_BLOCKS for k in range(_GRAM_BLOCKS + 1)]
+        if rows.device.type == "cpu" and n >= 8 * _GRAM_BLOCKS
+        else [0, n]
+    )
     for _, part in _column_parts(rows):
         for first, last in itertools.pairwise(bounds):
             total[first:last, :last].addmm_(part[first:last], part[:last].mT)
     return total if len(bounds) == 2 else total.tril() + total.tril(-1).mT
 
 
-def weighed(matrix: Tensor, rows: Tensor, products: Tensor) -> Tensor:
+def combine(matrix: Tensor, rows: Tensor, products: Tensor) -> Tensor:
     """``A G``, in the dtype of the rows; A is (K, N), and ``products`` GG' up to a factor.
 
     Rows in float32 are multiplied in float32 where N x N numbers show that nothing cancels: the rounding of row i is
     ``3 to 5 u r_i``, with u = 2^-24 and ``r_i^2 = sum_j A_ij^2 |g_j|^2 / |sum_j A_ij g_j|^2`` (measured, r from 1 to
-    100). It looks at the numbers, so it is for CPUs; an accelerator made for float64 has no use for it.
+    100). It looks at the numbers and would wait for an accelerator, so only CPUs do it.
     """
-    if not are_many(rows):
+    if not are_large(rows):
         return (matrix @ rows.to(matrix.dtype)).to(rows.dtype)
     if rows.dtype == torch.float32 and rows.device.type == "cpu":
         apart = matrix.square() @ products.diagonal()
         together = ((matrix @ products) * matrix).sum(-1)
-        if bool((apart <= _CANCELLING**2 * together).all()) and bool(matrix.abs().amax() < _LARGEST):
+        if bool((apart <= _MOST_CANCELLATION**2 * together).all()) and bool(matrix.abs().amax() < _LARGEST_WEIGHT):
             return matrix.float() @ rows
     result = rows.new_empty(matrix.shape[0], rows.shape[1])
     for at, part in _column_parts(rows):
@@ -111,10 +118,12 @@ def weighed(matrix: Tensor, rows: Tensor, products: Tensor) -> Tensor:
     return result
 
 
-def divided(rows: Tensor, by: Tensor) -> Tensor:
-    """``g_i / b_i``, in the dtype of the rows; b is (N,), or one number for all, in the working dtype, whose range that
-    of the rows need not have."""
-    if not are_many(rows):
+def divide(rows: Tensor, by: Tensor) -> Tensor:
+    """``g_i / b_i``, in the dtype of the rows.
+
+    b is (N,) or one number for all, in the working dtype, and may be outside the range of the rows' dtype.
+    """
+    if not are_large(rows):
         return rows / by.unsqueeze(-1)
     result = torch.empty_like(rows)
     for at, part in _row_parts(rows):
@@ -122,29 +131,28 @@ def divided(rows: Tensor, by: Tensor) -> Tensor:
     return result
 
 
-def take(
+def solve_rows(
     inverse: Inverse, rows: Tensor, own: float, unit: Tensor | None = None, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The step of every row, and ``g_i' step_i`` without its own share (N, 1), which no NaN or infinity in either
-    leaves finite.
+    """The step of every row, and ``g_i' A^-1 g_i``, (N, 1), which is finite only if the row and its step are.
 
     Args:
         inverse: rows, any whole multiple of ``multiple``, to ``A^-1 g``.
         rows: G, (N, m).
-        own: weight w of the row's own ``g g'`` beside A, by the formula of Sherman and Morrison:
+        own: the weight w of a row's own ``g g'`` beside A, by the formula of Sherman and Morrison:
             ``(A + w g g')^-1 g = A^-1 g / (1 + w g' A^-1 g)``.
-        unit: what each row's ``g g'`` is too large by; None: 1.
-        multiple: rows that belong together.
+        unit: the factor by which ``g g'`` of each row is too large; None: 1.
+        multiple: how many consecutive rows belong together.
     """
-    if not are_many(rows):
-        return _take(inverse, rows, own, unit)
+    if not are_large(rows):
+        return _solve_rows(inverse, rows, own, unit)
     step, inner = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=working_dtype(rows.device))
     for at, part in _row_parts(rows, multiple):
-        step[at], inner[at] = _take(inverse, part, own, unit)
+        step[at], inner[at] = _solve_rows(inverse, part, own, unit)
     return step, inner
 
 
-def _take(inverse: Inverse, rows: Tensor, own: float, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+def _solve_rows(inverse: Inverse, rows: Tensor, own: float, unit: Tensor | None) -> tuple[Tensor, Tensor]:
     step = inverse(rows)
     inner = (rows * step).sum(-1, keepdim=True)
     inner = inner if unit is None else inner / unit

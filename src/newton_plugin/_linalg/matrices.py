@@ -1,16 +1,16 @@
-r"""What C looks like, and its damped inverse: one class for each way to store a symmetric matrix.
+r"""The curvature matrix C, stored as cheaply as it can be: one class for each kind of symmetric matrix.
 
 ==========================  =============================  ===================================
-form                        C                              memory, and work of one inverse
+class                       C                              memory, and work of one inverse
 ==========================  =============================  ===================================
 :class:`Isotropic`          ``c I``                        O(1)
 :class:`Diagonal`           ``diag(c)``                    O(m)
 :class:`Dense`              C, or one for each block       O(m^2), O(m^3)
 ==========================  =============================  ===================================
 
-and, where N < m or m is large, :class:`newton_plugin._linalg.diagonal_low_rank.DiagonalLowRank` and
-:class:`newton_plugin._linalg.sketch.Sketch`. Every form knows its scale (for the damping), its inverse and its extreme
-eigenvalues, and is a dataclass of tensors, so that it can be kept for several steps and put into a checkpoint.
+Where N < m or m is large there are also :class:`newton_plugin._linalg.diagonal_low_rank.DiagonalLowRank` and
+:class:`newton_plugin._linalg.sketch.Sketch`. All of them answer the four questions of :class:`SymmetricMatrix`. All are
+dataclasses of tensors, so that C can be used for several steps and put into a checkpoint.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from newton_plugin._linalg.damped_inverse import (
     spectral_inverse,
 )
 
-__all__ = ["Dense", "Diagonal", "Form", "Isotropic", "eigenvalues", "to_blocks", "to_rows"]
+__all__ = ["Dense", "Diagonal", "Isotropic", "SymmetricMatrix", "count_eigenvalues", "to_blocks", "to_rows"]
 
 
-class Form(Protocol):
-    """A symmetric matrix C."""
+class SymmetricMatrix(Protocol):
+    """C, however it is stored."""
 
     @property
     def matrix(self) -> Tensor | None:
-        """C for people, or None where it was never formed."""
+        """C for people: see :class:`newton_plugin.CurvatureStep`. None where it was never formed."""
         ...
 
     def scale(self) -> Tensor:
-        """Root-mean-square eigenvalue; no dimensions."""
+        """Root-mean-square eigenvalue, which the damping is relative to; no dimensions."""
         ...
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
@@ -81,7 +81,7 @@ class Diagonal:
 
     Attributes:
         values: c, (m,).
-        definite: known not to be negative: the inverse then looks for no negative ones.
+        definite: whether all values are known not to be negative. The inverse then looks for no negative ones.
     """
 
     values: Tensor
@@ -92,7 +92,7 @@ class Diagonal:
         return self.values
 
     def scale(self) -> Tensor:
-        return torch.linalg.vector_norm(self.values) / eigenvalues(self.values) ** 0.5
+        return torch.linalg.vector_norm(self.values) / count_eigenvalues(self.values) ** 0.5
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
         shifted = self.values + damping if self.definite else shifted_eigenvalues(self.values, damping)
@@ -109,14 +109,14 @@ class Dense:
 
     Attributes:
         matrix: (m, m); or (T, m, m), the blocks of a block-diagonal C whose rows come as in :func:`to_blocks`.
-        definite: known to be positive semi-definite: the inverse then never waits for the device.
+        definite: whether C is known to be positive semi-definite. The inverse then never waits for the device.
     """
 
     matrix: Tensor
     definite: bool = False
 
     def scale(self) -> Tensor:
-        return torch.linalg.vector_norm(self.matrix) / eigenvalues(self.matrix) ** 0.5
+        return torch.linalg.vector_norm(self.matrix) / count_eigenvalues(self.matrix) ** 0.5
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
         if power != 1:
@@ -133,8 +133,8 @@ class Dense:
         return values.min(), values.max()
 
 
-def eigenvalues(c: Tensor) -> int:
-    """How many C has: one number, the diagonal (m,), the matrix (m, m) or its blocks (T, m, m)."""
+def count_eigenvalues(c: Tensor) -> int:
+    """How many eigenvalues C has: of one number, the diagonal (m,), the matrix (m, m) or its blocks (T, m, m)."""
     return c.numel() // c.shape[-1] if c.ndim > 1 else max(1, c.numel())
 
 

@@ -1,15 +1,16 @@
 """The Newton step of a loss that has already been computed.
 
-Both doors of the package meet here: a wrapped loss function and a hooked loss tensor are, once the loss has been
-evaluated, the same live graph. Differentiating *that* graph, and not a second evaluation of a function, keeps
-dropout masks and random samples the same in value, gradient and Hessian, and asks nothing of the loss but that
-autograd can differentiate it.
+Both doors of the package meet here: a wrapped loss function and a hooked loss tensor are the same live graph once the
+loss has been evaluated. The package differentiates *that* graph, and not a second evaluation of a function. So dropout
+masks and random samples are the same in value, gradient and Hessian, and a loss only has to be differentiable.
 
-When? A rule that needs no more than the loss's own gradient (Fisher; a Hessian in closed form) takes it from the
-ordinary backward pass as that goes by, and differentiates nothing itself (:class:`_InBackward`). Everything else is
-computed at once, by a pass over the loss of its own: second derivatives, several processes (collectives inside a
-backward pass might meet those of DDP in different orders), half precision (a seed of our own keeps gradients from
-underflowing), losses of one number for each sample (whose weights may be zero), and ``on_nonfinite="raise"``.
+A step is made at one of two moments:
+
+* **In the backward pass** (:class:`StepInBackward`): a rule that needs no more than the loss's own gradient (Fisher; a
+  Hessian in closed form) reads it as it passes, and differentiates nothing.
+* **At once**, by a separate pass over the loss: second derivatives; several processes (collectives inside a backward
+  pass might meet those of DDP in another order on each rank); half precision (a seed chosen here keeps gradients from
+  underflowing); losses of one number for each sample (whose weights may be zero); and ``on_nonfinite="raise"``.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from newton_plugin._derivatives.autograd import (
     loss_gradients,
     no_second_pass,
 )
-from newton_plugin._derivatives.closed_forms import Form, find_form
+from newton_plugin._derivatives.closed_forms import ClosedForm, find_closed_form
 from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.rule import StepRule
-from newton_plugin._step.senders import Sender, _AtOnce, _InBackward
+from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.splice import splice
 
 __all__ = ["BoundaryStep", "precondition", "take_steps"]
+
+Source = ClosedForm | Literal["products"] | None
+"""Where second derivatives come from; None: no rule asks for them."""
 
 
 @dataclass
@@ -64,13 +68,12 @@ def take_steps(
 
     Args:
         loss: one number, or one for each row of a single boundary (an unreduced loss).
-        boundaries: where outputs meet the loss; each gets a curvature of its own.
+        boundaries: where outputs meet the loss; each has a curvature of its own.
         rules: one for each boundary.
         settings: reduction and feature dimensions.
     """
     layouts = [layout_of(b.shape, settings.features) for b in boundaries]
-    sources = _sources(loss, boundaries, layouts, rules)
-    return _take_steps(loss, boundaries, layouts, sources, rules, settings)
+    return _compute_steps(loss, boundaries, layouts, _sources(loss, boundaries, layouts, rules), rules, settings)
 
 
 def precondition(
@@ -84,58 +87,34 @@ def precondition(
         senders = _in_backward(layouts, sources, rules, settings)
     else:
         try:
-            steps, scaling = _take_steps(loss, boundaries, layouts, sources, rules, settings)
-            senders = [_AtOnce(s.step, s.layout, scaling) for s in steps]
+            steps, scaling = _compute_steps(loss, boundaries, layouts, sources, rules, settings)
+            senders = [ComputedStep(s.step, s.layout, scaling) for s in steps]
         except SinglePassError as error:
             if not _can_wait(loss, boundaries, layouts, settings):
                 raise
             senders = _in_backward(layouts, sources, rules, settings, str(error))
     splice(loss, boundaries, senders)
-    mark_preconditioned(loss.grad_fn, [(b.edge.node, b.edge.output_nr) for b in boundaries])
-
-
-def _in_backward(
-    layouts: Sequence[RowLayout],
-    sources: Sequence[Source],
-    rules: Sequence[StepRule],
-    settings: RuleSettings,
-    cause: str = "",
-) -> list[Sender]:
-    """Senders that wait; ``cause``: why Hessian-vector products cannot be had though a rule asks for them."""
-    senders: list[Sender] = []
-    for layout, source, rule in zip(layouts, sources, rules, strict=True):
-        hessians = source.hessians if isinstance(source, Form) else None
-        if source == "products":
-            hessians = lambda _: no_second_pass(cause)  # noqa: E731
-        sender = _InBackward(layout, rule, settings.reduction == "mean", hessians)
-        if isinstance(source, Form):
-            source.node.register_hook(sender.hear)
-        senders.append(sender)
-    return senders
-
-
-Source = Form | Literal["products"] | None
-"""Where second derivatives come from; None: nobody asks for them."""
+    mark_preconditioned(loss.grad_fn, [b.graph_edge for b in boundaries])
 
 
 def _sources(
     loss: Tensor, boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], rules: Sequence[StepRule]
 ) -> list[Source]:
-    """A closed form for each boundary whose rule asks for the Hessian, if there is one."""
+    """For each boundary: the closed form of the Hessian, if its rule asks for a Hessian and there is one."""
     sources: list[Source] = []
     for boundary, layout, rule in zip(boundaries, layouts, rules, strict=True):
-        wanted = rule.wants_hessian(layout.features)
-        form = None
-        if loss.grad_fn is not None and rule.takes_form(wanted):
-            form = find_form(loss.grad_fn, boundary, layout)
-        sources.append(form if form is not None or not wanted else "products")
+        closed_form = None
+        if loss.grad_fn is not None and rule.wants_closed_form(layout.features):
+            closed_form = find_closed_form(loss.grad_fn, boundary, layout)
+        products = closed_form is None and rule.wants_products(layout.features)
+        sources.append("products" if products else closed_form)
     return sources
 
 
 def _can_wait(
     loss: Tensor, boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], settings: RuleSettings
 ) -> bool:
-    """Whether the steps may be left to the backward pass; see the top of this file for why they may not."""
+    """Whether the steps may be made in the backward pass; the top of this file says why they may not."""
     half = (torch.float16, torch.bfloat16)
     return (
         loss.ndim == 0
@@ -147,7 +126,27 @@ def _can_wait(
     )
 
 
-def _take_steps(
+def _in_backward(
+    layouts: Sequence[RowLayout],
+    sources: Sequence[Source],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+    cause: str = "",
+) -> list[Sender]:
+    """Senders that wait; ``cause``: why there are no Hessian-vector products though a rule asks for them."""
+    senders: list[Sender] = []
+    for layout, source, rule in zip(layouts, sources, rules, strict=True):
+        hessians = source.hessians if isinstance(source, ClosedForm) else None
+        if source == "products":
+            hessians = lambda _: no_second_pass(cause)  # noqa: E731
+        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians)
+        if isinstance(source, ClosedForm):
+            source.node.register_hook(sender.record_upstream)
+        senders.append(sender)
+    return senders
+
+
+def _compute_steps(
     loss: Tensor,
     boundaries: Sequence[Boundary],
     layouts: Sequence[RowLayout],
@@ -165,24 +164,24 @@ def _take_steps(
             boundaries,
             layouts,
             scaling,
-            [source.node if isinstance(source, Form) else None for source in sources],
+            [source.node if isinstance(source, ClosedForm) else None for source in sources],
             twice="products" in sources,
-            verified=all(rule.twice_differentiable for rule in rules),
+            verified=all(rule.probing.verified for rule in rules),
         )
         for k, (boundary, layout, source, rule) in enumerate(zip(boundaries, layouts, sources, rules, strict=True)):
             gradient, upstream = found.gradients[k], found.upstream[k]
             rows = layout.to_rows(gradient.detach())
             hessians = None
             if source == "products":
-                hessians = hessian_products(gradient, boundary, layout, rule, found.cause)
+                hessians = hessian_products(gradient, boundary, layout, rule.probing, found.cause)
             elif source is not None and upstream is not None:
                 hessians = source.hessians(upstream.detach().to(working_dtype(upstream.device)))
             # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
             step = rows
             if layout.rows or ranks.many:
                 result = rule(rows, hessians, ranks, layout.groups)
-                assert result.fine is not None
-                step = torch.where(result.fine, result.step, rows)
+                assert result.finiteness.taken is not None
+                step = torch.where(result.finiteness.taken, result.step, rows)
             steps.append(BoundaryStep(layout, rows, step))
     return steps, scaling
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,19 +11,12 @@ from torch import Tensor
 
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
-from newton_plugin._errors import (
-    ArgumentError,
-    NonFiniteError,
-    SingularCurvatureError,
-)
+from newton_plugin._derivatives.autograd import Probing
+from newton_plugin._errors import ArgumentError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._linalg.large_rows import row_products
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
-__all__ = [
-    "OnNonfinite",
-    "StepRule",
-]
+__all__ = ["OnNonfinite", "StepRule"]
 
 OnNonfinite = Literal["keep", "raise"]
 
@@ -35,40 +26,50 @@ class StepRule:
     """From the gradients of one boundary to their step, whatever happens.
 
     A gradient that is not finite stays as it is, so that a GradScaler still sees it and skips the step; so
-    does one whose C could not be inverted. Both are counted on the device, without waiting for it. What is judged is
-    ``fine`` of the :class:`CurvatureStep`; whoever sends the step into the network puts the gradient in its place
-    where it is not.
+    does one whose C could not be inverted. Both are counted on the device, without waiting for it. The verdict is
+    ``finiteness.taken`` of the :class:`CurvatureStep`. Whoever sends the step into the network sends the gradient
+    instead where it is false.
+
+    Attributes:
+        curvature: from gradients to steps.
+        damping: what is added to C.
+        on_nonfinite: keep a gradient that is not finite, or raise.
+        probing: what is known about differentiating this loss twice.
+        last: the last step.
+        last_gradient: its rows, where ``last.sizes`` does not say how large they were.
+        last_weight: their weight, where the rows were streamed.
     """
 
     curvature: Curvature
     damping: Damping
     on_nonfinite: OnNonfinite = "keep"
+    probing: Probing = field(default_factory=Probing)
     last: CurvatureStep | None = None
     last_gradient: Tensor | None = None
     last_weight: Tensor | None = None
-    batched_probes: bool = True
-    twice_differentiable: bool = False  # not known yet
-    takes_ranks: bool = False  # not known yet
     _structural_fallbacks: int = 0
-    _kept: Tensor | None = None
-    _zero: Tensor | None = None
+    _kept_gradients: Tensor | None = None
+    _zero_hessians: Tensor | None = None
     _reported: set[str] = field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles keep the running state and not the last batch."""
+        """Copies and pickles have the running state and not the last batch."""
         return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None}
 
-    def wants_hessian(self, features: int) -> bool:
-        """Whether the next step takes Hessian-vector products of outputs with so many features."""
-        wants = getattr(self.curvature, "wants_hessian", None)
-        return self.curvature.needs_hessian if wants is None else wants(features)
+    def wants_products(self, features: int) -> bool:
+        """Whether the next step uses Hessian-vector products of outputs with so many features."""
+        return self.curvature.wants_hessian(features)
 
-    def takes_form(self, wanted: bool) -> bool:
-        """Whether the next step takes a Hessian in closed form; ``wanted``: what :meth:`wants_hessian` answered.
+    def wants_closed_form(self, features: int) -> bool:
+        """Whether the next step uses a Hessian in closed form.
 
-        "auto" takes one even where products would be too many; a curvature that keeps its C between refreshes does not.
+        "auto" uses one even where products would be too many. Between refreshes no Hessian is used.
         """
-        return self.curvature.needs_hessian and (wanted or getattr(self.curvature, "refresh_every", 1) == 1)
+        return self.curvature.needs_hessian and (self.wants_products(features) or self.curvature.refresh_every == 1)
+
+    def streams(self, gradient: Tensor) -> bool:
+        """Whether the curvature takes these rows in their own dtype."""
+        return gradient.dtype in (torch.float32, torch.float64) and self.curvature.streams(gradient)
 
     def __call__(
         self,
@@ -78,7 +79,7 @@ class StepRule:
         groups: int = 1,
         weight: Tensor | None = None,
     ) -> CurvatureStep:
-        """What the curvature makes of the rows, judged.
+        """The curvature's step for these rows, judged.
 
         Args:
             gradient: (N, m), of any floating dtype. The step is in the working dtype, or in that of the rows where
@@ -97,51 +98,32 @@ class StepRule:
     def _judged(
         self, gradient: Tensor, hvp: HVP | None, ranks: Ranks, groups: int, weight: Tensor | None
     ) -> CurvatureStep:
-        if ranks.many and not self.takes_ranks:
+        curvature = self.curvature
+        more: dict[str, Any] = {}  # arguments that this step() has
+        if ranks.many:
             self._check_takes_ranks()
-        more: dict[str, Any] = {"ranks": ranks} if ranks.many else {}
+            more["ranks"] = ranks
         if not self.streams(gradient):
             gradient = gradient.to(working_dtype(gradient.device))
         elif weight is not None:
             more["weight"] = weight
-        if getattr(self.curvature, "structure", None) == "block":
+        if curvature.structure == "block":
             more["groups"] = groups
-        result = self.curvature.step(gradient, hvp, self.damping, **more)
-        fine = self._fine(gradient, result)
-        if not result.agreed:
-            fine = ranks.all(fine)
-        if self.on_nonfinite == "raise" and not bool(fine):
+        result = curvature.step(gradient, hvp, self.damping, **more)
+        taken = result.finiteness.judge(gradient, result.step, ranks)
+        if self.on_nonfinite == "raise" and not bool(taken):
             self._raise(gradient, result)
-        result.fine = fine
-        self._count(fine, result)
+        self._count(taken, result)
         self.last, self.last_weight = result, weight
-        self.last_gradient = gradient if getattr(result, "sizes", None) is None else None
+        self.last_gradient = gradient if result.sizes is None else None
         return result
 
-    def _fine(self, gradient: Tensor, result: CurvatureStep) -> Tensor:
-        """Whether all gradients and steps of this process are finite, and C is."""
-        # What users' curvatures give back may be older than these two.
-        if getattr(result, "bounded", False) and result.finite is not None:
-            return result.finite
-        inner = getattr(result, "inner", None)
-        inner = row_products(gradient, result.step) if inner is None else inner
-        fine = (torch.linalg.vector_norm(inner) if inner.ndim else inner) < math.inf
-        return fine if result.finite is None else fine & result.finite
-
-    def streams(self, gradient: Tensor) -> bool:
-        """Whether the curvature takes these rows in their own dtype."""
-        if gradient.dtype not in (torch.float32, torch.float64):
-            return False
-        streams = getattr(self.curvature, "streams", None)
-        return streams is not None and streams(gradient)
-
     def _check_takes_ranks(self) -> None:
-        if "ranks" not in inspect.signature(self.curvature.step).parameters:
+        if not self.curvature.takes_ranks:
             raise ArgumentError(
                 f"curvature={self.curvature!r} cannot be averaged over processes: its step() takes no argument "
                 "`ranks`. Add it (see npl.Curvature), or pass sync=False to give each process the C of its own samples."
             )
-        self.takes_ranks = True
 
     def _raise(self, gradient: Tensor, result: CurvatureStep) -> None:
         bad = int((~torch.isfinite(gradient)).any(-1).sum())
@@ -151,7 +133,8 @@ class StepRule:
                 f"{gradient.shape[0]} samples. Look at the loss at these outputs, or pass on_nonfinite='keep' "
                 "to leave such gradients as they are."
             )
-        if result.finite is not None and not bool(result.finite):
+        finite = result.finiteness.curvature
+        if finite is not None and not bool(finite):
             raise NonFiniteError(
                 "the curvature C of this batch is not finite though the gradients of this process's samples are. Look "
                 "at the second derivatives of the loss at these outputs (or at another rank's message), or use "
@@ -164,18 +147,18 @@ class StepRule:
             "not finite, and the damping too small against it. Raise the damping, or use damping='auto'."
         )
 
-    def _count(self, fine: Tensor, result: CurvatureStep) -> None:
-        self._kept = _counted(self._kept, ~fine)
+    def _count(self, taken: Tensor, result: CurvatureStep) -> None:
+        self._kept_gradients = _counted(self._kept_gradients, ~taken)
         if result.fallback:
             self._structural_fallbacks += 1
             self._report(result.fallback)
         elif result.zero_hessian is not None:
-            self._zero = _counted(self._zero, result.zero_hessian)
-            if self._zero.device.type == "cpu":  # elsewhere a look would wait for the device
+            self._zero_hessians = _counted(self._zero_hessians, result.zero_hessian)
+            if self._zero_hessians.device.type == "cpu":  # elsewhere a look would wait for the device
                 self._report_zero()
 
     def _report_zero(self) -> None:
-        if self._zero is not None and int(self._zero):
+        if self._zero_hessians is not None and int(self._zero_hessians):
             self._report("the Hessian is zero at these outputs, as that of a piecewise linear loss")
 
     def _report(self, reason: str) -> None:
@@ -190,27 +173,27 @@ class StepRule:
 
     @property
     def fallbacks(self) -> int:
-        """Batches so far that kept their plain gradient or used Fisher in place of the Hessian. Waits."""
+        """Batches so far that kept their gradient or used Fisher in place of the Hessian. Waits for the device."""
         self._report_zero()
-        return sum(int(c) for c in (self._kept, self._zero) if c is not None) + self._structural_fallbacks
+        counts = (self._kept_gradients, self._zero_hessians)
+        return sum(int(count) for count in counts if count is not None) + self._structural_fallbacks
 
     def state_dict(self) -> dict[str, Any]:
         """Running means and counters, as plain types and tensors."""
         return {
             "curvature": self.curvature.state_dict(),
-            "damping": self.damping.state_dict() if hasattr(self.damping, "state_dict") else {},  # type: ignore[attr-defined]
+            "damping": self.damping.state_dict(),
             "structural_fallbacks": self._structural_fallbacks,
-            "kept": _copy(self._kept),
-            "zero": _copy(self._zero),
+            "kept": _copy(self._kept_gradients),
+            "zero": _copy(self._zero_hessians),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self.curvature.load_state_dict(state["curvature"])
-        if hasattr(self.damping, "load_state_dict"):
-            self.damping.load_state_dict(state["damping"])  # type: ignore[attr-defined]
+        self.damping.load_state_dict(state["damping"])
         self._structural_fallbacks = state["structural_fallbacks"]
-        self._kept, self._zero = _copy(state["kept"]), _copy(state["zero"])
+        self._kept_gradients, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 
 
 def _counted(count: Tensor | None, more: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What enters the network in place of a boundary's gradient."""
+"""What enters the network in place of a boundary's gradient: a step computed before, or in the backward pass."""
 
 from __future__ import annotations
 
@@ -9,37 +9,69 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.rows import RowLayout
-from newton_plugin._derivatives.autograd import (
-    Scaling,
-)
+from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._step.rule import StepRule
 
-__all__ = ["Sender"]
+__all__ = ["ComputedStep", "Sender", "StepInBackward"]
 
 
 class Sender(Protocol):
-    """What takes the place of one boundary's gradient. It refers to no graph node: a node that owned its owner would
-    leak.
+    """Sends a step into the network in place of one boundary's gradient.
+
+    It refers to no graph node: the node's hooks refer to it, and such a circle would never be freed.
 
     Attributes:
-        waits: it needs the loss's own gradient of the boundary first, from this backward pass.
+        waits: whether it still needs the gradient that the loss sends to the boundary in this backward pass.
     """
 
     waits: bool
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
-        """Take what the loss sends to the boundary, in the boundary's shape, in a pass that began with ``scale``."""
+        """Make the step from the loss's gradient, in the boundary's shape, in a pass that began with ``scale``."""
         ...
 
     def send(self, scale: Tensor) -> Tensor:
-        """What enters the network in place of it, in the boundary's shape."""
+        """What enters the network, in the boundary's shape."""
         ...
 
 
-class _InBackward:
-    """A :class:`Sender` whose step is made of the gradient that the backward pass brings."""
+class ComputedStep:
+    """A :class:`Sender` whose step has been computed already.
+
+    Args:
+        step: rows (N, m).
+        layout: between the outputs and their rows.
+        scaling: how the loss is made of its samples.
+    """
+
+    waits = False
+
+    def __init__(self, step: Tensor, layout: RowLayout, scaling: Scaling) -> None:
+        self._step = step
+        self._layout = layout
+        self._scaling = scaling
+
+    def receive(self, gradient: Tensor, scale: Tensor) -> None:
+        """Never called: it does not wait."""
+
+    def send(self, scale: Tensor) -> Tensor:
+        scale = scale.to(self._step.dtype)
+        if self._scaling == "per_row":
+            return self._layout.from_rows(self._step * scale.reshape(-1, 1))
+        return self._layout.from_rows(self._step * _weight(scale, self._layout, self._scaling == "mean"))
+
+
+class StepInBackward:
+    """A :class:`Sender` that makes its step from the gradient which the backward pass brings.
+
+    Args:
+        layout: between the outputs and their rows.
+        rule: from gradients to steps.
+        mean: whether the loss is the mean over its samples, and not the sum.
+        hessians: where the Hessian is known in closed form, from the gradient that arrives at its operation.
+    """
 
     def __init__(
         self, layout: RowLayout, rule: StepRule, mean: bool, hessians: Callable[[Tensor], SampleHessians] | None
@@ -53,8 +85,8 @@ class _InBackward:
         self._sent: Tensor | None = None
         self._scale: Tensor | None = None
 
-    def hear(self, _: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
-        """A post-hook for the operation whose Hessian is known: what arrives at it."""
+    def record_upstream(self, _: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
+        """A post-hook for the operation whose Hessian is known: keeps the gradient that arrives there."""
         if self.waits and grad_outputs[0] is not None:
             self._upstream = grad_outputs[0].detach()
 
@@ -66,16 +98,17 @@ class _InBackward:
             upstream = gradient.new_zeros(()) if self._upstream is None else self._upstream
             hessians = self._hessians(_unweighted(upstream, weight))
         arrived = self._layout.to_rows(gradient)
-        # A loss that somebody has multiplied by zero gives 0 / 0: not finite, so nothing is learned from this batch.
+        # A loss that was multiplied by zero gives 0 / 0 here: not finite, so this batch changes no running mean.
         if self._rule.streams(arrived):
             result = self._rule(arrived, hessians, groups=self._layout.groups, weight=weight)
             step = result.step
         else:
             result = self._rule(_unweighted(arrived, weight), hessians, groups=self._layout.groups)
             step = torch.mul(result.step, weight, out=torch.empty_like(arrived))
-        assert result.fine is not None
-        # What is not fine, or of a loss times zero, goes on as it arrived.
-        self._sent = torch.where(result.fine, step, arrived, out=step if step is result.step else None)
+        taken = result.finiteness.taken
+        assert taken is not None
+        # Where the step is not taken, the gradient goes on as it arrived.
+        self._sent = torch.where(taken, step, arrived, out=step if step is result.step else None)
         self._scale = scale
         self.waits, self._upstream, self._hessians = False, None, None
 
@@ -89,7 +122,7 @@ class _InBackward:
 
 
 def _weight(scale: Tensor, layout: RowLayout, mean: bool) -> Tensor:
-    """What the gradient that arrives at a loss of one number is, of each sample's own."""
+    """The factor between a sample's own gradient and its part of the gradient that arrives at the boundary."""
     if scale.ndim:
         scale = scale.reshape(())
     return scale / layout.rows if mean else scale
@@ -97,25 +130,5 @@ def _weight(scale: Tensor, layout: RowLayout, mean: bool) -> Tensor:
 
 def _unweighted(gradient: Tensor, weight: Tensor) -> Tensor:
     """``gradient / weight``, in the dtype of the weight (no dimensions)."""
-    # With a dimension the weight's dtype counts, and no operation is spent on the conversion.
+    # A weight with a dimension decides the dtype of the result, which saves an operation for the conversion.
     return gradient / (weight.reshape(1) if gradient.ndim else weight)
-
-
-class _AtOnce:
-    """A :class:`newton_plugin._step.senders.Sender` whose step is there already."""
-
-    waits = False
-
-    def __init__(self, step: Tensor, layout: RowLayout, scaling: Scaling) -> None:
-        self._step = step
-        self._layout = layout
-        self._scaling = scaling
-
-    def receive(self, gradient: Tensor, scale: Tensor) -> None:
-        """Never asked."""
-
-    def send(self, scale: Tensor) -> Tensor:
-        scale = scale.to(self._step.dtype)
-        if self._scaling == "per_row":
-            return self._layout.from_rows(self._step * scale.reshape(-1, 1))
-        return self._layout.from_rows(self._step * _weight(scale, self._layout, self._scaling == "mean"))

@@ -1,4 +1,4 @@
-"""The arguments that all doors share: validated once, and made into rules."""
+"""The arguments that all doors share: validated once, and made into rules. A new name for a curvature begins here."""
 
 from __future__ import annotations
 
@@ -25,14 +25,8 @@ __all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "res
 
 
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
-
-
 StructureChoice = Literal["auto"] | Structure
-
-
 Reduction = Literal["mean", "sum"]
-
-
 _CURVATURES = ("fisher", "hessian", "norm", "auto")
 
 
@@ -49,7 +43,7 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
             relative = kind is EmpiricalFisher and power == 1 and isinstance(damping, AutoDamping)
             structure = "isotropic" if relative else "mean"
         return kind(structure, power)
-    if isinstance(curvature, Curvature) and not isinstance(curvature, type):
+    if isinstance(curvature, Curvature):
         if structure not in ("auto", "mean") or power != 1:
             raise ArgumentError(
                 f"structure and power belong to the instance when curvature is one; got {curvature!r} with "
@@ -58,13 +52,13 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
         return copy.deepcopy(curvature)
     raise ArgumentTypeError(
         f"curvature must be one of {', '.join(map(repr, _CURVATURES))} or an instance such as npl.Hessian(); "
-        f"got {curvature!r} of type {type(curvature).__name__}."
+        f"got {curvature!r} of type {type(curvature).__name__}. A curvature of your own is a subclass of npl.Curvature."
     )
 
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """The arguments that all entrances share, validated once; :meth:`build` makes a rule for one boundary."""
+    """The arguments that all doors share, validated once; :meth:`build` makes a rule for one boundary."""
 
     curvature: CurvatureName | Curvature = "fisher"
     damping: float | Literal["auto"] | Damping = "auto"

@@ -1,13 +1,13 @@
-r"""The quadratic surrogate, and how its gradient takes the place of the loss's.
+"""Hooks on the live graph that send the step into the network where the loss's gradient would have gone.
 
-Newton Losses train on ``1/2 ||y - z*||^2`` with ``z* = y - step`` held constant. At y its gradient is ``step``
-itself, so the surrogate never has to be evaluated: it is enough that ``step`` flows into the network where
-``dL/dy`` would have. The value of the loss stays the user's own.
+The operations that use the outputs y *within this loss* are its consumers. The hooks replace what the consumers send
+towards y by ``scale * step``: one of them sends all of it, the others send zero. The scale is the gradient that arrives
+at the loss itself: 1, or 65536 under a GradScaler, or 1/4 under accumulation. What reaches y by operations outside this
+loss (a regulariser, another loss, a deeper head) is added to the step unchanged. The value of the loss stays the user's
+own.
 
-:func:`splice` does that on the live graph. The operations that use y *within this loss* (its consumers) are told
-to send ``scale * step`` towards y: one of them sends all of it, the others zero. Whatever else
-reaches y (a regulariser, another loss, a deeper head) adds to it untouched. The scale is the gradient that
-arrives at the loss itself: 1, or 65536 under a GradScaler, or 1/4 under accumulation.
+A known limit: where two losses share operations between loss and y, the hooks cannot tell their gradients apart. One
+backward pass through the sum of both then sends a wrong step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["splice"]
 
 
 class _Splice:
-    """What the hooks of one loss share; no graph node is among it."""
+    """What the hooks of one loss share. It refers to no graph node, so that no circle keeps the graph alive."""
 
     def __init__(self, senders: Sequence[Sender], consumers: Sequence[int]) -> None:
         self.senders = senders

@@ -1,4 +1,8 @@
-"""x"""
+"""The quadratic surrogate on which Newton Losses train.
+
+``1/2 ||y - z*||^2`` with the target ``z* = y - step`` held constant. At y its gradient is ``step``. So training never
+has to evaluate the surrogate: it is enough that ``step`` enters the network (``splice.py``).
+"""
 
 from __future__ import annotations
 

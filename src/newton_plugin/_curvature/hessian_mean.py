@@ -1,0 +1,199 @@
+"""One C for the batch, ``C = 1/N sum_i H_i`` or a part of it: formed, of low rank, or sketched.
+
+=================================  =====================================================================
+the Hessians are                   C
+=================================  =====================================================================
+a diagonal                         a diagonal, beyond 128 features
+a diagonal minus rank one          Woodbury's formula where C would not be formed; see ``mean_is_formed``
+blocks that are known              dense up to 1,024 features, else a sketch by 32 products
+products                           dense up to 256 features, else a sketch by 32 products
+=================================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.fisher import batch_fisher
+from newton_plugin._curvature.protocol import Structure
+from newton_plugin._curvature.running_mean import RunningMean
+from newton_plugin._curvature.sizes import (
+    DENSE_FEATURES,
+    DIAGONAL_PROBES,
+    EXACT_DIAGONAL_FEATURES,
+    FORMED_FROM_BLOCKS,
+    FORMED_FROM_PRODUCTS,
+    mean_is_formed,
+)
+from newton_plugin._derivatives.sample_hessians import SampleHessians
+from newton_plugin._linalg.diagonal_low_rank import DiagonalLowRank
+from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
+from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, SymmetricMatrix
+from newton_plugin._linalg.sketch import probes_for, sketch
+from newton_plugin._runtime.processes import Ranks
+
+__all__ = ["Knowledge", "MeanHessian", "mean_hessian", "summed_hessians"]
+
+
+class Knowledge(IntEnum):
+    """What a rank knows of the Hessians of its samples, best first. The ranks act by the worst."""
+
+    DIAGONAL = 0
+    RANK_ONE = 1
+    BLOCKS = 2
+    PRODUCTS = 3
+    NOTHING = 4
+    REFUSED = 5
+
+    @staticmethod
+    def of(hessians: SampleHessians, m: int) -> Knowledge:
+        """What ``hessians`` of outputs with m features bring."""
+        rank_one = hessians.diagonal_rank_one
+        if rank_one is None:
+            return Knowledge.PRODUCTS if hessians.blocks is None else Knowledge.BLOCKS
+        if rank_one.weight is None:
+            return Knowledge.DIAGONAL
+        # Woodbury's formula needs the square roots of the weights. Where it could be used, a step waits for the device
+        # anyway, so the signs are checked only there.
+        if m > DENSE_FEATURES and bool((rank_one.weight < 0).any()):
+            return Knowledge.BLOCKS
+        return Knowledge.RANK_ONE
+
+
+@dataclass(frozen=True)
+class MeanHessian:
+    """The running mean of C.
+
+    Attributes:
+        matrix: C; None where the batch's Hessian is zero and its Fisher would not have this kind of matrix.
+        finite: whether this batch's C is finite; no dimensions.
+        zero: whether this batch's Hessian is zero; no dimensions. Its Fisher then takes its place.
+    """
+
+    matrix: SymmetricMatrix | None
+    finite: Tensor | None
+    zero: Tensor
+
+
+def summed_hessians(structure: Structure, hessians: SampleHessians, gradient: Tensor, groups: int) -> Tensor:
+    """What C needs of the Hessians, added over the samples of this process.
+
+    Returns:
+        ``tr / m`` without dimensions, the diagonal (m,), W C (r, m) for the probes W of a sketch, C (m, m), or one for
+        each group (T, m, m).
+    """
+    m = gradient.shape[1]
+    if structure in ("isotropic", "diagonal"):
+        diagonal = _diagonal(hessians, gradient)
+        return diagonal.sum() / m if structure == "isotropic" else diagonal
+    if structure == "mean" and m > FORMED_FROM_PRODUCTS and not hessians.known:
+        return hessians.probe_sum(gradient, probes_for(gradient))
+    return hessians.dense_sum(gradient, groups)
+
+
+def _diagonal(hessians: SampleHessians, gradient: Tensor) -> Tensor:
+    if hessians.known or gradient.shape[1] <= EXACT_DIAGONAL_FEATURES:
+        return hessians.diagonal_sum(gradient)
+    return hessians.estimated_diagonal_sum(gradient, DIAGONAL_PROBES)
+
+
+def mean_hessian(
+    structure: Structure,
+    worst: Knowledge,
+    hessians: SampleHessians,
+    summed: Tensor | None,
+    gradient: Tensor,
+    damping: Damping,
+    mean: RunningMean,
+    ranks: Ranks,
+    groups: int,
+) -> MeanHessian:
+    """C of this batch in its running mean, as cheaply as all ranks can have it.
+
+    Args:
+        structure: any but "per_sample".
+        worst: what the rank that knows least knows.
+        hessians: of the samples of this process.
+        summed: what :func:`summed_hessians` gave, if it has been computed.
+        gradient: (N, m).
+        damping: decides how C is averaged.
+        mean: the running mean.
+        ranks: the processes that share the batch.
+        groups: blocks of C.
+    """
+    n, m = gradient.shape
+    if structure == "mean":
+        rank_one = hessians.diagonal_rank_one
+        if worst == Knowledge.RANK_ONE and not mean_is_formed(n, m, damping, ranks):
+            assert rank_one is not None
+            return _low_rank(rank_one, gradient, damping, mean, ranks)
+        if worst == Knowledge.DIAGONAL and m > DENSE_FEATURES:
+            return _averaged(hessians.diagonal_sum(gradient), Diagonal, gradient, damping, mean, ranks, 1)
+        if m > {Knowledge.BLOCKS: FORMED_FROM_BLOCKS, Knowledge.PRODUCTS: FORMED_FROM_PRODUCTS}.get(worst, m):
+            return _sketched(hessians, summed, gradient, damping, mean, ranks)
+    if summed is None:
+        summed = summed_hessians(structure, hessians, gradient, groups)
+    kind = {"isotropic": Isotropic, "diagonal": Diagonal}.get(structure, Dense)
+    return _averaged(summed, kind, gradient, damping, mean, ranks, groups)
+
+
+def _averaged(
+    summed: Tensor, kind: type, gradient: Tensor, damping: Damping, mean: RunningMean, ranks: Ranks, groups: int
+) -> MeanHessian:
+    """The running mean of the batches' means. A zero Hessian is replaced by the batch's Fisher."""
+    c = ranks.mean(summed, gradient.shape[0] // groups)
+    zero = (c == 0).all()
+    # One process with a small C forms the Fisher in any case and does not wait for the device. Several ranks wait and
+    # look first: the Fisher is another all-reduce. So do large C, whose Fisher is work.
+    look = ranks.many or (c.ndim > 1 and gradient.shape[1] > DENSE_FEATURES)
+    if not (look and not bool(zero)):
+        c = torch.where(zero, batch_fisher(gradient, ranks, groups, c.ndim), c)
+    average = damping.averaging
+    return MeanHessian(kind(mean.update(c, average.decay, average.growth)), mean.finite, zero)
+
+
+def _sketched(
+    hessians: SampleHessians,
+    summed: Tensor | None,
+    gradient: Tensor,
+    damping: Damping,
+    mean: RunningMean,
+    ranks: Ranks,
+) -> MeanHessian:
+    """The sketch of the running mean of C, which is the running mean of W C."""
+    probes = probes_for(gradient)
+    products = ranks.mean(hessians.probe_sum(gradient, probes) if summed is None else summed, gradient.shape[0])
+    zero = (products == 0).all()
+    if bool(zero):
+        return MeanHessian(None, None, zero)
+    average = damping.averaging
+    products = mean.update(products, average.decay, average.growth)
+    return MeanHessian(sketch(probes, products), mean.finite, zero)
+
+
+def _low_rank(
+    rank_one: DiagonalRankOne, gradient: Tensor, damping: Damping, mean: RunningMean, ranks: Ranks
+) -> MeanHessian:
+    """``diag(mean d) - P' W P``, rescaled to the running mean of its scale, as the Fisher of N x N numbers is."""
+    weight, vector = rank_one.second_term()
+    diagonal = ranks.mean(rank_one.diagonal.sum(0), gradient.shape[0])
+    rows, _ = ranks.rows(vector)
+    weight = ranks.rows(weight.unsqueeze(-1))[0].squeeze(-1) if ranks.many else weight
+    norms = weight.abs() * torch.linalg.vecdot(rows, rows)
+    finite = torch.isfinite(diagonal).all() & torch.isfinite(norms).all()
+    zero = (diagonal == 0).all() & (norms == 0).all()
+    factor = diagonal.new_full((), -1.0)
+    if bool(zero):  # the batch's Fisher takes its place
+        rows, weight, factor = ranks.rows(gradient)[0], torch.ones_like(weight), -factor
+    c = DiagonalLowRank(diagonal, rows, (weight / len(rows)).sqrt(), factor)
+    average = damping.averaging
+    if average.decay == 0:
+        return MeanHessian(c, finite, zero)
+    own = c.scale()
+    ratio = torch.where(own > 0, mean.update(own, average.decay, average.growth) / own, 1.0)
+    return MeanHessian(DiagonalLowRank(diagonal * ratio, rows, c.roots, factor * ratio), finite, zero)
