@@ -40,20 +40,26 @@ AUTO_FEATURES = 64
 DENSE_FEATURES = 128
 AVERAGED_FEATURES = 256
 
-# The mean Hessian is formed up to so many features, from m products or from known blocks. Above, 32 products sketch it.
+# The next four buy exactness for time. Measured is the time of the exact way over that of the other, N = 100, float64,
+# one core, median of 5 to 7 on a busy machine.
+
+# The mean Hessian is formed up to so many features, from m products or from known blocks (N = 16). Above, 32 products
+# sketch it. From products: 3.2 at m = 128, 7.7 at 256, 17 at 512. From blocks: 1.5 at 512, 2.0 at 1,024, 2.5 at 2,048.
 FORMED_FROM_PRODUCTS = 256
 FORMED_FROM_BLOCKS = 1024
 
-# Every H_i is formed by m products up to so many features. Above, Krylov spaces take 5 to 9 products.
+# Every H_i is formed by m products up to so many features. Above, Krylov spaces take 5 to 9 products: 6 at m = 64,
+# 16 at 128, 82 at 256.
 PER_SAMPLE_FEATURES = 128
 
-# A known diagonal plus rank one needs no matrix. Up to so many features all H_i are formed nevertheless, for
-# CurvatureStep.matrix to show them.
-SHOWN_FEATURES = 16
-
-# The diagonal of a mean Hessian comes from m products up to so many features. Above, a few random probes estimate it.
+# The diagonal of a mean Hessian comes from m products up to so many features. Above, a few random probes estimate it:
+# 5.6 at m = 128, 17 at 256, 32 at 512.
 EXACT_DIAGONAL_FEATURES = 256
 DIAGONAL_PROBES = 8
+
+# A known diagonal plus rank one needs no matrix and is exact without. Up to so many features all H_i are formed
+# nevertheless, for CurvatureStep.matrix to show them: 1.7 at m = 16, 5 at 32 (cross-entropy, N = 128).
+SHOWN_FEATURES = 16
 
 MAX_BYTES = 2 * 1024**3  # of one tensor; chosen, not measured
 
