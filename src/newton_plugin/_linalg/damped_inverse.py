@@ -11,8 +11,9 @@ Four ways to the same vector:
 * **Push-through**, for Fisher matrices of fewer samples than features, never forming the m x m matrix:
   ``(G'G/N + d I)^-1 G' = G' (GG'/N + d I)^-1`` costs N x N: :func:`push_through`.
 
-The first three factorise once and give back a function of g, so that a C which is kept for several steps is factorised
-once. Shapes: C is (..., m, m) and d (...) or without dimensions; g is (..., N, m), rows for each matrix, or (..., m),
+The first three factorise C and return a function of g. A C that serves several steps is thus factorised once.
+
+Shapes: C is (..., m, m) and d (...) or without dimensions; g is (..., N, m), rows for each matrix, or (..., m),
 one row for each matrix.
 """
 

@@ -10,9 +10,9 @@ conjugate gradients break down: a negative eigenvalue of T is a direction of neg
 the step is that of the dense repair (:func:`newton_plugin._linalg.damped_inverse.repaired_inverse`) as soon as V spans
 all that H makes of g. Before that, after any number of products and for any H, ``g' step = |g|^2 e_1' f(T) e_1 > 0``
 and ``|step| <= d^-p |g|``: neither an ascent direction nor divergence is possible. (The dense solve uses ``l + d`` for
-a negative eigenvalue as long as all of H + d I is positive. A small T may see only such an eigenvalue while H has others
-below -d. Steps six times too long were measured then, so |l| is used here at once. The two differ for a Hessian whose
-lowest eigenvalue lies between -d and 0.)
+a negative eigenvalue as long as all of H + d I is positive. A small T may see only such an eigenvalue while H has
+others below -d. Steps six times too long were measured then, so |l| is used here at once. The two differ for a Hessian
+whose lowest eigenvalue lies between -d and 0.)
 
 All samples go in lockstep: one Hessian-vector product of the whole batch a round. The basis is kept, so memory is
 (rounds + 6) N m. A new vector is orthogonalised against the first one, which the bound on ``g' step`` needs.

@@ -1,22 +1,22 @@
 r"""A symmetric matrix too large to form, from its products with a few random vectors.
 
-The batch mean of m = 10,000-dimensional Hessians has 10^8 entries and would take 10,000 Hessian-vector products. But
-what a damped inverse needs is little: the eigenvalues well above the damping with their vectors, and one number for
-the rest, ``C ~ U diag(l) U' + s (I - U U')``.
+The batch mean of Hessians with m = 10,000 has 10^8 entries and would take 10,000 Hessian-vector products. But a damped
+inverse needs little of it: the eigenvalues well above the damping with their vectors, and one number for the rest, ``C
+~ U diag(l) U' + s (I - U U')``.
 
-With r probes W (r, m), random signs, Y = W C holds all that is asked of C (a single pass, Halko, Martinsson and Tropp,
-SIAM Review 2011, section 5.5). Let Q (r/2, m) be the leading right singular vectors of Y. If C = Q' B Q then
+Let W (r, m) be r probes of random signs. Y = W C is all that is computed from C (a single pass: Halko, Martinsson and
+Tropp, SIAM Review 2011, section 5.5). Let Q (r/2, m) be the leading right singular vectors of Y. If C = Q' B Q then
 
     Y Q' = W C Q' = (W Q') B,
 
-r equations for the r/2 columns of B: least squares, exact where rank C <= r/2. Of what Q leaves out only a size is
-wanted. A multiple ``s (I - U U')`` of the identity in m >> r dimensions keeps random vectors nearly orthogonal, so the
-singular values of Y that are left are all near ``s sqrt(m)``; s is their root mean square over sqrt(m). (Where the rest
-is no multiple of the identity, or indefinite, s is the size of its eigenvalues and not their mean, which may cancel:
-the repair replaces eigenvalues by their sizes anyway.)
+r equations for the r/2 columns of B: least squares, exact where rank C <= r/2. Of the rest, which Q leaves out, only a
+size s is needed. A multiple ``s (I - U U')`` of the identity in m >> r dimensions keeps random vectors nearly
+orthogonal. So the remaining singular values of Y are all near ``s sqrt(m)``, and s is their root mean square over
+sqrt(m). (Where the rest is no multiple of the identity, or is indefinite, s is the size of its eigenvalues and not
+their mean, which may cancel. The repair replaces eigenvalues by their sizes anyway.)
 
-Y is *linear* in C: sums over samples, ranks and batches of Y are sketches of the sums of C, so the running mean of C
-is had exactly by the running mean of Y.
+Y is *linear* in C. Sums of Y over samples, ranks and batches belong to the same sums of C, so the running mean of Y is
+exactly that of the running mean of C.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Sketch:
         return self.size
 
     def inverse(self, damping: Tensor, power: float) -> Inverse:
-        # |l| at once: see _krylov.
+        # |l| at once and not l + d for small negative l: krylov.py says why.
         scaled = (torch.cat([self.values, self.rest.reshape(1)]).abs() + damping).pow(-power)
         inside, outside = scaled[:-1], scaled[-1]
         return lambda g: outside * g + ((g @ self.vectors.mT) * (inside - outside)) @ self.vectors
@@ -78,11 +78,11 @@ def random_signs(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
 def probes_for(like: Tensor, rank: int = RANK) -> Tensor:
     """W, (2 rank, m), for rows of m features; not to be written into.
 
-    Drawn on the CPU whatever the device, for Y is kept from step to step and in checkpoints, and two devices draw two W
-    from one seed. Kept, so that no step waits for the copy.
+    W is drawn on the CPU whatever the device: Y is kept from step to step and in checkpoints, and two devices draw
+    different numbers from one seed. W is kept so that no step waits for the copy.
     """
     key = (2 * rank, like.shape[-1], like.dtype, like.device)
-    if type(like) is not Tensor:  # of a tracer, whose tensors are not for others
+    if type(like) is not Tensor:  # a tracer's tensor: what is made from it must not be kept
         return _draw(*key)
     probes = _PROBES.get(key)
     if probes is None:
@@ -96,7 +96,7 @@ def probes_for(like: Tensor, rank: int = RANK) -> Tensor:
 
 
 def _draw(count: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # or no later step could differentiate through them
+    with torch.inference_mode(False):  # an inference tensor could not be used in a later step that is differentiated
         return random_signs((count, m), torch.empty(0, dtype=dtype, device="cpu")).to(device)
 
 
