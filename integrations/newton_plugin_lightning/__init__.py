@@ -11,14 +11,14 @@ import difflib
 
 from newton_plugin_lightning._bases import LightningMissingError
 from newton_plugin_lightning._callback import NewtonLosses
-from newton_plugin_lightning._metrics import RankAccuracy
 from newton_plugin_lightning._path_metrics import CostRatio, PathAccuracy
+from newton_plugin_lightning._rank_accuracy import RankAccuracy
 
 __all__ = ["CostRatio", "LightningMissingError", "NewtonLosses", "PathAccuracy", "RankAccuracy"]
 
 
 def __getattr__(name: str) -> object:
-    """A name that is not here, told with the one that was meant: jsonargparse shows this for a ``class_path``."""
+    """Raise for a missing name, with the name that was meant: jsonargparse shows this for a wrong ``class_path``."""
     meant = difflib.get_close_matches(name, __all__, n=1)
     hint = f"; did you mean {meant[0]!r}?" if meant else ""
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -1,8 +1,8 @@
 """One callback for two class trees.
 
-Lightning ships twice: as ``pytorch_lightning`` and as ``lightning.pytorch``. The code is the same, the
-classes are not: a Trainer of one tree refuses the other tree's callbacks. A class that inherits *every
-installed* ``Callback`` is at home in both, so nobody has to choose (or to notice).
+Lightning ships twice: as ``pytorch_lightning`` and as ``lightning.pytorch``. The code is the same, the classes are not:
+a Trainer of one tree refuses the other tree's callbacks. A class that inherits *every installed* ``Callback`` is
+accepted by both, so that no user has to choose.
 """
 
 from __future__ import annotations

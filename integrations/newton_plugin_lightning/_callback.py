@@ -1,9 +1,9 @@
-"""NewtonLosses: the loss hook, put around ``training_step`` for the length of one ``fit``.
+"""NewtonLosses: applies the loss hook in ``training_step``, for the length of one ``fit``.
 
-Why there, and not in Lightning's own hooks: ``on_before_backward`` sees a loss that is already divided by
-``accumulate_grad_batches``, and its return value is dropped. Inside ``training_step``, right before it
-returns, the loss is the user's own and its autograd graph is complete. In manual optimization the same moment
-is the entry of ``manual_backward``, once for each loss.
+Lightning's own hooks come too late: ``on_before_backward`` gets a loss that is already divided by
+``accumulate_grad_batches``, and its return value is ignored. When ``training_step`` returns, the loss is the user's own
+and its autograd graph is complete, so the step is taken there. In manual optimization it is taken where
+``manual_backward`` is entered, once for each loss.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class NewtonLosses(CallbackBase):
             return
         self._unwrap()
         if self._module is not None and self._module() is not pl_module:
-            # The running mean of C belongs to the model it was measured on.
+            # Another model: the running mean of C belongs to the model that it was measured on.
             self.hook.load_state_dict(copy.deepcopy(self._initial_state))
         self._module = weakref.ref(pl_module)
 
@@ -155,14 +155,14 @@ class NewtonLosses(CallbackBase):
     def state_dict(self) -> dict[str, Any]:
         """The running curvature, as plain types and tensors; loads with ``weights_only=True``.
 
-        Never empty, because Lightning skips empty states and then the learning-rate finder, which trains and
-        takes everything back, could not take this back.
+        It is never empty: Lightning skips empty states, and the learning-rate finder, which trains and then restores
+        every state, could not restore this one.
         """
         return {"hook": self.hook.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self.hook.load_state_dict(state_dict["hook"])
 
     def _training_step(self, trainer: Any, module: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ class NewtonLosses(CallbackBase):
         if not _is_training(trainer):
             return original(*args, **kwargs)
         if not self._attached:
-            # Not in setup: the module's own setup and configure_model may still add layers after it.
+            # Not in our setup: the module's own setup and configure_model run later and may add layers.
             self.hook.attach(module)
             self._attached = True
         self._log_now = self._logs_this_step(trainer)
@@ -179,17 +179,17 @@ class NewtonLosses(CallbackBase):
         if module.automatic_optimization:
             self._apply(trainer, output.get("loss") if isinstance(output, Mapping) else output)
         else:
-            self._log(module)  # the step of manual optimization has run its backward passes itself
+            self._log(module)  # in manual optimization, training_step has run the backward passes itself
         return output
 
     @override
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Log the numbers of the step that this backward pass has taken."""
+        """Log the diagnostics of the step that this backward pass has taken."""
         if pl_module.automatic_optimization:
             self._log(pl_module)
 
     def _logs_this_step(self, trainer: Any) -> bool:
-        """True where Lightning's logger writes after this step: reading diagnostics waits for the device."""
+        """Whether Lightning's logger writes after this step. Reading diagnostics waits for the device."""
         every = trainer.log_every_n_steps
         wanted = self.prog_bar or (self.log_diagnostics and bool(trainer.loggers))
         if not wanted or trainer.barebones or every == 0:
@@ -209,8 +209,9 @@ class NewtonLosses(CallbackBase):
                 module.log(f"newton/{name}", value, batch_size=1, **where)
 
     def _uncompiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step as it was before ``torch.compile(module)``: compiled, it is one operation from batch to loss, and
-        shows no outputs in between. ``forward`` stays compiled.
+        """``training_step`` as it was before ``torch.compile(module)``; ``forward`` stays compiled.
+
+        A compiled step is one operation from the batch to the loss, without outputs in between.
         """
         eager = getattr(step, "_torchdynamo_orig_callable", None)
         if eager is None:
@@ -240,14 +241,14 @@ class NewtonLosses(CallbackBase):
         self._forget_fit()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are callbacks in no ``fit``: settings and running state, no module."""
+        """Copies and pickles belong to no ``fit``: they have the settings and the running state, and no module."""
         left_out = ("log", "log_dict")  # set by Lightning, bound to the module
         state = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**state, "_patch": None, "_module": None, "_attached": False, "_hooked": False}
 
 
 def _is_training(trainer: Any) -> bool:
-    """False in validation, which may call the module's own training_step: that is not ours to touch then."""
+    """Whether this is training. Validation may call the module's own training_step, which then stays plain."""
     return trainer.training and torch.is_grad_enabled()
 
 

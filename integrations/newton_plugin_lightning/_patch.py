@@ -1,18 +1,18 @@
-"""Methods of one instance replaced for a while, and put back exactly.
+"""Replaces methods of one instance for a while, and restores them exactly.
 
-``vars(module)[name] = wrapper`` shadows a method for this object only; the class, and every other instance,
-stays as it is. Four parties then look at the shadow, and each must see what it would have seen without it:
+``vars(module)[name] = wrapper`` shadows a method for this object only; the class and every other instance stay as they
+are. Four others look at the shadow, and each must see what it would have seen without it:
 
-* Lightning inspects a step's signature and code after unwrapping ``__wrapped__`` *exactly once*. So the
-  wrapper's ``__wrapped__`` is what one unwrapping of the *original* gives, not the original: a user's own
-  decorated step keeps its signature.
-* ``copy``, ``deepcopy`` and ``pickle`` would carry a wrapper still bound to the first object (weight averaging
-  would then train the wrong network). All three ask the object for ``__getstate__``, so that is shadowed too,
-  by one that leaves the shadows out.
-* Whoever wraps on top of us keeps a reference. Removing must not throw their wrapper away, so ours turns into
-  a plain call of the original.
-* The instance ``__dict__`` after removal is equal to the one before, including a step that somebody else had
-  put there earlier (a compiled one, say).
+* Lightning inspects a step's signature and code after unwrapping ``__wrapped__`` *exactly once*. The wrapper's
+  ``__wrapped__`` is therefore what one unwrapping of the *original* gives, and not the original: a user's own decorated
+  step keeps its signature.
+* ``copy``, ``deepcopy`` and ``pickle`` would copy a wrapper that is still bound to the first object (weight averaging
+  would then train the wrong network). All three call ``__getstate__`` of the object. It is shadowed too, by one that
+  leaves the shadows out.
+* Whoever wraps our wrapper keeps a reference to it. Removing ours must not remove theirs: ours becomes a plain call of
+  the original.
+* The ``__dict__`` of the instance after removal is equal to the one before, with a step that somebody else had put
+  there earlier (a compiled one, say).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class MethodPatch:
 
     Args:
         module: the object whose methods are shadowed.
-        around: for each method name a function ``f(original, *args, **kwargs)`` that is called in its place;
-            ``original`` is the bound method as it was.
+        around: for each method's name a function ``f(original, *args, **kwargs)`` that is called in its place;
+            ``original`` is the bound method that was there.
     """
 
     def __init__(self, module: nn.Module, around: dict[str, Method]) -> None:
@@ -65,7 +65,7 @@ class MethodPatch:
         return wrapper
 
     def _getstate(self, original: Callable[[], Any] | None) -> Any:
-        """What the module's own ``__getstate__`` gives, without our shadows."""
+        """What the module's own ``__getstate__`` returns, without our shadows."""
         state = dict(vars(self._module)) if original is None else original()
         if isinstance(state, dict):
             state = dict(state)
@@ -75,13 +75,13 @@ class MethodPatch:
     def _restore(self, attributes: dict[str, Any]) -> None:
         for name, ours in self._ours.items():
             if attributes.get(name) is not ours:
-                continue  # somebody wrapped on top of us, or has removed us already
+                continue  # somebody has wrapped our wrapper, or has removed it already
             if self._before[name] is _ABSENT:
                 del attributes[name]
             else:
                 attributes[name] = self._before[name]
 
     def remove(self) -> None:
-        """Put everything back. Calling it twice does nothing."""
+        """Restore the methods. A second call does nothing."""
         self._active = False
         self._restore(vars(self._module))

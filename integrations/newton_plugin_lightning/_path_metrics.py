@@ -1,7 +1,7 @@
-"""How good are predicted paths: exactly right, or how much dearer than the best.
+"""PathAccuracy and CostRatio: how many predicted paths are exactly right, and how much more they cost than the best.
 
-Where several paths are equally short, a path can be wrong in name only: the share of exact matches then understates
-a model, and the ratio of costs does not.
+Where several paths are equally short, a predicted path may differ from the target and be as good. The share of exact
+matches then understates a model; the ratio of costs does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many rankings are right: in full, or element by element.
+"""RankAccuracy: how many rankings are right, in full or element by element.
 
 A metric for learning to rank a *list*: scores (N, n) order the n elements of each list, ranks (N, n) are the
 truth. A list of ten is fully right by chance once in 10! = 3,628,800 times, an element once in ten.

@@ -46,7 +46,7 @@ def run(args: list[str] | None = None) -> Any:
 
 
 def main(args: list[str] | None = None) -> int:
-    """:func:`run`, with our own errors told in one line, without a traceback. Returns the exit status."""
+    """:func:`run`; errors of this package are printed in one line, without a traceback. Returns the exit status."""
     try:
         run(args)
     except Exception as error:
@@ -59,7 +59,7 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _first_of_ours(error: BaseException | None) -> NewtonPluginError | None:
-    """The error itself or the one it was raised from: jsonargparse wraps what a constructor raises."""
+    """The error, or the one it was raised from, that is ours: jsonargparse wraps the errors of constructors."""
     while error is not None and not isinstance(error, NewtonPluginError):
         error = error.__cause__
     return error

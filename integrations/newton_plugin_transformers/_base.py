@@ -1,4 +1,4 @@
-"""The Trainer's callback class, or a sentence that says what to install."""
+"""The Trainer's callback class; an error that says what to install where transformers is missing."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ What the Trainer does with the loss, and what follows for the step:
 * With ``gradient_accumulation_steps`` = A it counts the labels of all A batches, calls the function once for each batch
   with that count as ``num_items_in_batch``, and adds the gradients up; it divides by nothing afterwards. So each call
   has to return *the sum of its labels' losses / num_items_in_batch*.
-* A Newton step must not depend on that. A loss that is a sum divided by somebody else's count is, to the hook, a mean
-  that is too small by a factor; the gradients of its samples would be, and Fisher's C, their square. Therefore the step
-  is taken on the *mean over this batch's own labels*, and the result is multiplied by (own labels / num_items_in_batch)
+* A Newton step must not depend on that count. The hook would take a sum that is divided by it for a mean that is too
+  small by a factor c: the gradients of its samples would be too small by c, and Fisher's C by c². The step is therefore
+  taken on the *mean over this batch's own labels*, and the result is multiplied by (own labels / num_items_in_batch)
   afterwards. A factor after the hook only scales: the row of token i receives step_i / num_items_in_batch.
 * Over several processes the Trainer multiplies by their number, and DDP divides by it: factors after the hook again.
 * Its ``label_smoothing_factor`` belongs to the loss that ``compute_loss_func`` replaces. It is an argument here.
@@ -95,7 +95,7 @@ class NewtonLosses(CallbackBase):
             raise ArgumentError(f"{name} needs per_label=True, a loss that is a mean over labels; got {per_label!r}.")
         self.label_smoothing = _check_smoothing(label_smoothing, loss_fn)
         self.loss_fn, self.shift_labels, self.log_diagnostics = loss_fn, shift_labels, log
-        # The boundary is what passes through this: a name for the rows that were selected.
+        # The selected rows pass through this module, which gives the boundary a name.
         self._rows = nn.ModuleDict({"rows": nn.Identity()})
         self.hook = LossHook(
             curvature=curvature,
@@ -125,7 +125,7 @@ class NewtonLosses(CallbackBase):
         return loss if num_items_in_batch is None else loss * rows.count / num_items_in_batch
 
     def _loss(self, logits: Tensor, rows: Rows) -> Tensor:
-        if self.per_label and rows.count == 0:  # the mean of nothing; every rank has to come by the hook at every step
+        if self.per_label and rows.count == 0:  # there is no mean, but every rank has to call the hook at every step
             return logits.square().sum()
         if self.loss_fn is not None:
             return self.loss_fn(logits, rows.labels)
@@ -140,7 +140,7 @@ class NewtonLosses(CallbackBase):
         return self.hook.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self.hook.load_state_dict(state)
 
     @override

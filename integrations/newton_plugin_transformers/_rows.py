@@ -1,8 +1,9 @@
-"""From what a model returns and the Trainer's labels to the rows that the loss is a mean of.
+"""Selects the rows of logits, and their labels, that the loss is a mean of.
 
-A language model's loss is a mean over *tokens*, less those that padding or a mask leaves out (label -100). These are
-the samples of a Newton step: one row of logits for each label that counts, and no row for one that does not. Left in,
-every padded token would be a sample with gradient zero, and would shrink C by the share of padding in the batch.
+A language model's loss is a mean over *tokens*, without those that padding or a mask leaves out (label -100). These
+tokens are the samples of a Newton step: one row of logits for each label that counts, no row for one that does not. If
+padded tokens had rows, they would be samples with gradient zero, and C would shrink by the share of padding in the
+batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from newton_plugin import ArgumentError, ArgumentTypeError, ShapeError
 __all__ = ["IGNORED", "Rows", "select_rows"]
 
 IGNORED = -100
-"""The label that does not count, in all of transformers."""
+"""The label, in all of transformers, of tokens that do not count."""
 
 
 @dataclass
@@ -26,9 +27,9 @@ class Rows:
     """What enters the loss.
 
     Attributes:
-        logits: (R, V), one row for each label that counts; or the model's logits as they are.
-        labels: (R,), or as they are.
-        count: how many labels that is, counted as the Trainer counts ``num_items_in_batch``.
+        logits: (R, V), one row for each label that counts; without ``per_label`` the model's logits, unchanged.
+        labels: (R,); without ``per_label`` the Trainer's labels, unchanged.
+        count: the number of labels that count, as the Trainer counts ``num_items_in_batch``.
     """
 
     logits: Tensor

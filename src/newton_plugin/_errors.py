@@ -48,7 +48,7 @@ class ShapeError(NewtonPluginError, ValueError):
 
 
 class NoGradientError(NewtonPluginError, RuntimeError):
-    """The loss or the outputs carry no autograd graph, so there is nothing to differentiate."""
+    """The loss or the outputs have no autograd graph, so there is nothing to differentiate."""
 
 
 class NoBoundaryError(NewtonPluginError, RuntimeError):
@@ -56,7 +56,7 @@ class NoBoundaryError(NewtonPluginError, RuntimeError):
 
 
 class BatchCoupledError(NewtonPluginError, RuntimeError):
-    """The loss mixes samples of the batch, so a per-sample Hessian does not exist."""
+    """The loss mixes the samples of the batch, so per-sample Hessians do not exist."""
 
 
 class SingularCurvatureError(NewtonPluginError, RuntimeError):
@@ -72,7 +72,7 @@ class RanksDisagreeError(NewtonPluginError, RuntimeError):
 
 
 class CaptureError(NewtonPluginError, RuntimeError):
-    """A step that is captured in a CUDA graph could not be repeated by its replays."""
+    """A step that is being captured in a CUDA graph could not be repeated by the replays."""
 
 
 class OutputsTooLargeError(NewtonPluginError, RuntimeError):

@@ -23,14 +23,14 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass
 class Outcome:
-    """What a run left.
+    """The result of a run.
 
     Attributes:
         model: what was trained.
         values: of the loss, at each step.
         gradients: of all parameters together, after each step's backward.
-        warnings: the package's own.
-        error: what ended the run.
+        warnings: those of the package.
+        error: the exception that ended the run; None if none did.
         fallbacks: as ``diagnostics()`` counts them.
         left_over: names that the callback left in the Lightning module.
     """
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def run(door: str, model: nn.Module, loss: Loss, batches: Sequence[Batch], **options: Any) -> Outcome:
-    """Backward passes, with no optimizer step between them, through a door; ``door="plain"`` is without the package."""
+    """Run backward passes through a door, without optimizer steps between them; "plain" is without the package."""
     outcome = Outcome(model)
     steps = {"newton_loss": _wrapped, "LossHook": _hooked, "NewtonLosses": _fitted, "plain": _plain}[door]
     with warnings.catch_warnings(record=True) as caught:
@@ -59,12 +59,12 @@ def run(door: str, model: nn.Module, loss: Loss, batches: Sequence[Batch], **opt
 
 
 def flat_gradient(model: nn.Module) -> Tensor:
-    """Of all parameters that have one; empty where none has."""
+    """The gradients of all parameters that have one, in one vector."""
     return torch.cat([torch.zeros(0), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
 
 
 def _loop(outcome: Outcome, model: nn.Module, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs and targets of each batch; takes notes of what has happened to them afterwards."""
+    """The outputs and targets of each batch; after each, the parameters' gradients are recorded."""
     for x, t in batches:
         model.zero_grad()
         yield model(x), t

@@ -1,4 +1,4 @@
-"""The loss-tensor door on live graphs: several backward passes, several losses, AMP, memory, state."""
+"""The door for a loss tensor, on live graphs: several backward passes, several losses, AMP, memory, state."""
 
 from __future__ import annotations
 
@@ -237,6 +237,14 @@ def test_no_grad_is_left_alone_and_random_state_is_the_users() -> None:
     before = torch.get_rng_state()
     hook(F.cross_entropy(net(X), T)).backward()
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_batch_without_outputs_after_others_is_counted() -> None:
+    net = model()
+    hook = npl.LossHook(damping=0.1)
+    hook(F.cross_entropy(net(X), T)).backward()
+    hook(net[2].weight.square().sum() + net[2].bias.square().sum())
+    assert hook.diagnostics()["fallbacks"] == 1
 
 
 def test_boundaries_of_different_sizes_under_one_mean() -> None:

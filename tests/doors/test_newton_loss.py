@@ -1,4 +1,4 @@
-"""The loss-function door: functions, modules, methods, keyword arguments, other differentiable inputs."""
+"""The door for a loss function: functions, modules, methods, keyword arguments, other differentiable inputs."""
 
 from __future__ import annotations
 

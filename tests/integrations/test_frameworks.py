@@ -16,7 +16,7 @@ import newton_plugin as npl
 
 @pytest.fixture
 def accelerators() -> Iterator[Any]:
-    """Accelerator, whose settings are global: taken back before and after."""
+    """Accelerator, whose global settings are reset before and after."""
     accelerate = pytest.importorskip("accelerate")
     state = pytest.importorskip("accelerate.state")
 

@@ -106,7 +106,7 @@ def trainer(model: Any, newton: Any, data: list[Any], folder: Path, **options: A
 
 
 def tokens(model: Any, batch: dict[str, Tensor], shift: bool) -> tuple[Tensor, Tensor]:
-    """Rows of logits and labels that count, by a loop."""
+    """The rows of logits whose labels count, and these labels, by a loop."""
     logits, rows, labels = model(input_ids=batch["input_ids"]).logits, [], []
     if not shift:
         return logits, batch["labels"]

@@ -1,4 +1,4 @@
-"""A wrong value fails where the user writes it, and says what would be right."""
+"""A wrong value fails where the user writes it, with a message that says what would be right."""
 
 from __future__ import annotations
 

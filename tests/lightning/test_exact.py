@@ -187,7 +187,7 @@ def test_start_step_leaves_the_first_steps_plain(pl: Any) -> None:
 
 
 def test_closure_optimizers_run_the_step_several_times(pl: Any) -> None:
-    """LBFGS calls the closure again and again within one batch: the same as in a plain loop with the hook."""
+    """LBFGS calls the closure several times within one batch: the same as in a plain loop with the hook."""
     from newton_plugin import LossHook
 
     def configure_optimizers(self: Any) -> torch.optim.Optimizer:
@@ -280,7 +280,7 @@ class TestManualOptimization:
         assert worst(moved(before, module), expected) <= 1e-10
 
     def test_a_returned_loss_is_not_stepped_twice(self, pl: Any) -> None:
-        """In manual optimization the return value goes nowhere; a hook on it would only spoil the running mean."""
+        """In manual optimization the return value is ignored: to hook it would only add a batch to the running mean."""
 
         def training_step(module: Any, batch: Any, batch_idx: int) -> Tensor:
             self.training_step(module, batch, batch_idx)

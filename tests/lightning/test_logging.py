@@ -1,4 +1,4 @@
-"""Diagnostics go through the Trainer's own logger, when it writes and not oftener."""
+"""Diagnostics go through the Trainer's own logger, at the steps at which it writes and at no others."""
 
 from __future__ import annotations
 

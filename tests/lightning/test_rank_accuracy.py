@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import newton_plugin as npl
-from newton_plugin_lightning import RankAccuracy, _metrics
+from newton_plugin_lightning import RankAccuracy, _rank_accuracy
 
 
 def twin(scores: Tensor, ranks: Tensor) -> tuple[float, float]:
-    """Full and element-wise, by counting: right if so many are smaller, and nobody else is equal."""
+    """Full and element-wise, by counting: an element is right if its rank counts the smaller ones and none is equal."""
     lists = []
     for s, r in zip(scores.tolist(), ranks.tolist(), strict=True):
         lists.append([sum(a < b for a in s) == k and sum(a == b for a in s) == 1 for b, k in zip(s, r, strict=True)])
@@ -110,5 +110,5 @@ def test_wrong_mode_and_unchecked_ranks() -> None:
 
 
 def test_docstring_examples() -> None:
-    assert doctest.testmod(_metrics).failed == 0
-    assert doctest.testmod(_metrics).attempted >= 3
+    assert doctest.testmod(_rank_accuracy).failed == 0
+    assert doctest.testmod(_rank_accuracy).attempted >= 3

@@ -1,4 +1,4 @@
-"""Nothing stays: after a fit, after an error, in copies, and outside training."""
+"""Nothing of the callback stays in the module: after a fit, after an error, in copies, and outside training."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_an_interrupt_leaves_no_trace(pl: Any) -> None:
 
 
 def test_setup_twice_wraps_once(pl: Any) -> None:
-    """As when ``fit`` is called again: one wrapper, and one unwrapping."""
+    """As when ``fit`` is called again: there is one wrapper, and one removal restores the method."""
     module, fit, newton = classifier_module(pl), trainer(pl), NewtonLosses()
     before = attributes(module)
     newton.setup(fit, module, "fit")
@@ -253,7 +253,7 @@ class TestMethodPatch:
 
 
 def decorate(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's own decorator, which hides the signature from all but those who unwrap."""
+    """A user's own decorator, which hides the signature from everyone who does not unwrap it."""
 
     @functools.wraps(step)
     def decorated(*args: Any, **kwargs: Any) -> Any:

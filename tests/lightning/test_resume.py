@@ -80,7 +80,7 @@ class TestMiddleOfAnEpoch:
             assert equal(ours["callbacks"]["NewtonLosses"], theirs["callbacks"]["NewtonLosses"]), step
 
     def test_a_checkpoint_from_without_the_callback_goes_on_with_it(self, pl: Any, tmp_path: Path) -> None:
-        """It starts its running curvature there; parameters and optimizer come from the file."""
+        """The running curvature starts there; parameters and optimizer come from the file."""
         _, plain = run(pl, tmp_path / "plain", None, STOP)
         newton = NewtonLosses()
         module, after = run(pl, tmp_path / "after", newton, resume=plain[STOP])

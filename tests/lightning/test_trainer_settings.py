@@ -27,7 +27,7 @@ def scaler_for(precision: str) -> torch.amp.GradScaler | None:
 
 
 def plain_loop(model: Any, batches: list[Any], precision: str, accumulate: int, clip: tuple[str, float] | None) -> None:
-    """What the Trainer does, written out, with the hook's one line in it."""
+    """A plain loop that does what the Trainer does, with the one line of the hook."""
     hook, scaler = npl.LossHook(damping="auto"), scaler_for(precision)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
@@ -98,7 +98,7 @@ def test_barebones(pl: Any) -> None:
 
 
 def test_gradient_checkpointing(pl: Any) -> None:
-    """The trunk is computed again during backward; the hook's own pass must neither need nor spoil that."""
+    """The trunk is computed again during backward; the hook's own pass must neither need nor disturb that."""
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Tensor:
         hidden = torch.utils.checkpoint.checkpoint(self.model.trunk, batch[0], use_reentrant=False)

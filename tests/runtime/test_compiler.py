@@ -1,4 +1,4 @@
-"""``torch.compile`` of the network, of the loss, of both, of the LightningModule: exact, or said to be otherwise."""
+"""``torch.compile`` of the network, of the loss, of both, of the LightningModule: exact, or a warning or an error."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_compiled_loss_has_no_hessian_and_that_is_said(backend: str, door: str
 
 @pytest.mark.parametrize("door", ["hook", "wrapper"])
 def test_a_compiled_loss_that_was_trained_plainly_before(backend: str, door: str) -> None:
-    """Its backward was compiled for one pass alone (inductor's donated buffers): the step waits for that pass."""
+    """Its backward was compiled for one pass only (inductor's donated buffers), so the step is taken in that pass."""
     compiled = torch.compile(curved, backend=backend)
     assert (
         relative_error(trained(lambda m, x, t: compiled(m(x), t), lambda loss: loss), trained(plain, lambda z: z))
@@ -142,7 +142,7 @@ def test_a_compiled_term_beside_others_is_reported(backend: str) -> None:
 
 @pytest.mark.parametrize("curvature", CURVATURES)
 def test_nothing_is_compiled_again_at_every_step(backend: str, curvature: Any) -> None:
-    """14 steps: as many graphs as after the second."""
+    """After 14 steps there are as many graphs as after the second."""
     seen = []
     compiled: dict[int, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What a CUDA graph needs of the running states. That replays are steps is tested on a device: tests/cuda."""
+"""Running states in a CUDA graph, on the CPU as if it were captured. Replays on a device are tested in tests/cuda."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _values(count: int) -> list[Tensor]:
 def test_the_mean_stays_where_it_is_and_is_the_same(request: pytest.FixtureRequest) -> None:
     ordinary, pinned, values = RunningMean(), RunningMean(), _values(8)
     ordinary.update(values[0], 0.9, 10.0), pinned.update(values[0], 0.9, 10.0)
-    assert pinned.norm() is not None  # kept from before the capture: a replay must not read it
+    assert pinned.norm() is not None  # computed before the capture and kept: a replay must not read it
     request.getfixturevalue("captured")
     before = [id(pinned._mean), id(pinned._count)]
     for value in values[1:]:

@@ -1,4 +1,4 @@
-"""Losses with something wrong, or with something to know, and what is to be found."""
+"""Losses with a flaw, or with a property that an author should know, and the findings that are expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALLS = {"n": 0}
 
 
 class Rounded(torch.autograd.Function):
-    """Straight through: rounds forward, is the identity backward."""
+    """A straight-through estimator: rounds in the forward pass, is the identity in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def unrepeatable(y: Tensor) -> Tensor:
 
 
 def unstable(y: Tensor) -> Tensor:
-    """log(1 - sigmoid) the textbook way: in float32 wrong where 1 - p has one digit left."""
+    """log(1 - sigmoid) as the textbook writes it: wrong in float32 where 1 - p has one digit left."""
     return -torch.log(1 - torch.sigmoid(12 + y.abs() * 2)).sum(-1).mean()
 
 

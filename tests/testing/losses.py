@@ -1,4 +1,4 @@
-"""Nineteen losses as people write them: what each does that a differentiation tool may trip over."""
+"""Nineteen losses as people write them; each does something that can break a differentiation tool."""
 
 from __future__ import annotations
 

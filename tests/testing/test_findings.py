@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import newton_plugin as npl
 import newton_plugin.testing._check
+from newton_plugin._curvature.sizes import AUTO_FEATURES
 from newton_plugin.testing import LossReport, check_loss
-from newton_plugin.testing._check import MOST_FEATURES
 from newton_plugin.testing._reasons import in_plain_words
 
 
@@ -84,11 +84,11 @@ def test_sums_modules_keywords_and_feature_dims() -> None:
 
 
 def test_the_limit_is_that_of_auto() -> None:
-    """What check_loss thinks curvature="auto" does at its limit is what it does."""
-    for features, taken in ((MOST_FEATURES, "hessian"), (MOST_FEATURES + 1, "fisher")):
+    """At AUTO_FEATURES and one above it, check_loss recommends what curvature="auto" does there."""
+    for features, taken in ((AUTO_FEATURES, "hessian"), (AUTO_FEATURES + 1, "fisher")):
         report = check_loss(lambda y: y.cosh().sum(-1).mean(), torch.ones(2, features))
         assert (report.curvature, report.auto) == (taken, taken)
-    known = check_loss(F.mse_loss, torch.ones(2, MOST_FEATURES + 1), torch.zeros(2, MOST_FEATURES + 1))
+    known = check_loss(F.mse_loss, torch.ones(2, AUTO_FEATURES + 1), torch.zeros(2, AUTO_FEATURES + 1))
     assert (known.curvature, known.auto) == ("hessian", "hessian")
     assert "closed form" in known.why
 
@@ -168,7 +168,7 @@ def test_many_samples_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_module_that_cannot_be_copied_is_used_as_it_is() -> None:
-    """It holds a tensor with a graph; its dtype is not changed behind its back."""
+    """It holds a tensor with a graph. The module itself is used, so its dtype must not be changed."""
     loss = nn.CrossEntropyLoss(weight=WEIGHT)
     loss.held = torch.ones(2, requires_grad=True) * 2
     report = check_loss(loss, Y.float(), T)
@@ -179,7 +179,7 @@ def test_a_module_that_cannot_be_copied_is_used_as_it_is() -> None:
 
 
 def test_a_wrapped_loss_is_looked_at_unwrapped() -> None:
-    """Through its wrapping every gradient would be a step, and wrong."""
+    """With the wrapping, every gradient would be a Newton step, and would be found wrong."""
     report = check_loss(npl.newton_loss(F.cross_entropy, damping=1e-3), Y, T)
     assert report.gradient.verdict == "exact"
     assert report.name == "cross_entropy"

@@ -79,7 +79,7 @@ def test_findings_are_what_the_loss_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_findings_agree_with_brute_force(name: str) -> None:
-    """Coupling, curvature and eigenvalues once more from the (N m) x (N m) matrix of differences."""
+    """Coupling, Hessian and eigenvalues, computed again from the (N m) x (N m) matrix of differences."""
     row, found = LOSSES[name], report(name)
     full = brute_force_hessian(row)
     n = len(row.outputs)
@@ -112,7 +112,7 @@ def test_torch_func_is_judged_by_calling_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_advice_is_what_the_package_does(name: str) -> None:
-    """One step by each curvature through newton_loss: "auto" sends what the recommended one sends."""
+    """One step with each curvature by newton_loss: "auto" sends the same gradient as the recommended one."""
     row, found = LOSSES[name], report(name)
 
     def sent(curvature: str) -> Tensor:

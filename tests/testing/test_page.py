@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"<!-- run -->\n```python\n(.*?)```\n(?:.*?)```text\n(.*?)``
 
 
 def masked(text: str) -> str:
-    """Errors are of rounding, which differs between machines; other numbers count to two decimals."""
+    """Without rounding errors, which differ between machines; other numbers with two decimals."""
     return re.sub(r"(\d\.\d\d)\d+", r"\1", re.sub(r"\d+e[-+]\d+", "#", text)).strip()
 
 

@@ -1,7 +1,10 @@
-"""Reading PyTorch's autograd graph: nodes, edges and what can be known of them without running anything.
+"""PyTorch's autograd graph: nodes, edges, and what they tell without running anything.
 
-An *edge* (node, index) is one tensor of the forward pass, seen from behind: the index-th output of the
-operation whose backward is ``node``. The *consumers* of an edge are the operations that used the tensor.
+An *edge* (node, index) stands for one tensor of the forward pass: the index-th output of the operation whose backward
+is ``node``. The *consumers* of an edge are the operations that used the tensor.
+
+Two marks can be left on the node of a loss: where the loss already takes a Newton step (:func:`mark_preconditioned`),
+and the Hessian that the loss brings itself (:func:`mark_hessian`).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 __all__ = [
     "Boundary",
@@ -24,6 +27,7 @@ __all__ = [
     "LossGraph",
     "children",
     "differentiable_once",
+    "edge_of",
     "edge_shape",
     "elements_between",
     "explore",
@@ -52,11 +56,11 @@ class Boundary:
     """Where a tensor of outputs meets the loss.
 
     Attributes:
-        name: what the user would call it.
+        name: the layer, the argument or the name that the user gave.
         edge: the outputs, as an input for ``torch.autograd.grad``.
         shape, dtype, device: of the outputs.
-        consumers: the operations of the loss that use the outputs, each with the positions among its inputs.
-        certain: whether each consumer is certain to send a gradient in every backward pass that reaches the outputs.
+        consumers: the operations of the loss that use the outputs; for each, at which positions among its inputs.
+        certain: whether every consumer sends a gradient in every backward pass that reaches the outputs.
     """
 
     name: str
@@ -67,22 +71,33 @@ class Boundary:
     consumers: tuple[tuple[Node, tuple[int, ...]], ...]
     certain: bool
 
+    @property
+    def graph_edge(self) -> Edge:
+        """The outputs as (node, index), which is how the functions of this module name a tensor."""
+        return self.edge.node, self.edge.output_nr
+
 
 @dataclass
 class LossGraph:
-    """The part of the graph between a loss and the places where a walk stopped.
+    """The part of the graph between a loss and the edges at which :func:`explore` stopped.
 
     Attributes:
-        consumers: of every edge seen.
-        stops: edges where the walk stopped, in the order met.
-        preconditioned: nodes inside that already carry a Newton step of their own.
-        nodes: every node walked through, in order, the loss's own first.
+        consumers: of every edge that was met.
+        stops: the edges at which the walk stopped, in the order in which they were met.
+        preconditioned: nodes of losses inside this loss that already take a Newton step; the walk ends there, too.
+        nodes: every node that was walked through, in order, the loss's own first.
     """
 
     consumers: Consumers = field(default_factory=dict)
     stops: list[Edge] = field(default_factory=list)
     preconditioned: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """The edge of a tensor that requires grad."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
 
 
 def operation(node: Node) -> str:
@@ -108,21 +123,27 @@ def children(node: Node) -> Iterator[Edge]:
 
 
 def edge_metadata(edge: Edge) -> Any:
-    """Shape, dtype and device of the tensor behind an edge."""
+    """An object with the shape, dtype and device of the tensor that an edge stands for."""
     node, index = edge
     return node.variable if is_leaf(node) else node._input_metadata[index]  # type: ignore[attr-defined]
 
 
 def edge_shape(edge: Edge) -> tuple[int, ...]:
-    """The shape of the tensor behind an edge."""
+    """The shape of the tensor that an edge stands for."""
     return tuple(edge_metadata(edge).shape)
 
 
 def explore(root: Node, stop: Callable[[Edge], bool], skip: Callable[[Node], bool] | None = None) -> LossGraph:
-    """Walk from the loss towards its inputs, not beyond ``stop`` edges nor into ``skip`` nodes."""
+    """Walk from the node of a loss towards its inputs.
+
+    Args:
+        root: the node of the loss.
+        stop: whether to stop at an edge. The edge is recorded; what it was computed from is not walked.
+        skip: whether to pass a node over, as if it were not there.
+    """
     graph = LossGraph(nodes=[root])
     visited, stopped = {root}, set()
-    for node in graph.nodes:  # grows while walked
+    for node in graph.nodes:  # the list grows during the walk
         for position, (child, index) in enumerate(node.next_functions):
             if child is None or (skip is not None and skip(child)):
                 continue
@@ -145,8 +166,8 @@ def explore(root: Node, stop: Callable[[Edge], bool], skip: Callable[[Node], boo
 def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
     """Those of ``wanted`` that ``start`` was computed from."""
     wanted = set(wanted)
-    # A node is younger than everything it was computed from: nothing older than the oldest wanted matters.
-    oldest = min((node._sequence_nr() for node, _ in wanted if not is_leaf(node)), default=0)
+    # A node has a higher number than every node it was computed from, so the walk may end below the lowest one wanted.
+    lowest = min((node._sequence_nr() for node, _ in wanted if not is_leaf(node)), default=0)
     found: set[Edge] = set()
     visited, stack = {start[0]}, [start[0]]
     while stack:
@@ -154,14 +175,14 @@ def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
             if edge in wanted:
                 found.add(edge)
             node = edge[0]
-            if node not in visited and not is_leaf(node) and node._sequence_nr() >= oldest:
+            if node not in visited and not is_leaf(node) and node._sequence_nr() >= lowest:
                 visited.add(node)
                 stack.append(node)
     return found
 
 
 def make_boundary(name: str, edge: Edge, graph: LossGraph) -> Boundary:
-    """Gather what is known of an edge."""
+    """The boundary at ``edge``; ``graph`` is the part of the loss's graph that leads there."""
     metadata = edge_metadata(edge)
     grouped: dict[Node, list[int]] = {}
     for node, position in graph.consumers.get(edge, ()):
@@ -179,19 +200,23 @@ def make_boundary(name: str, edge: Edge, graph: LossGraph) -> Boundary:
 
 @functools.cache
 def _always_sends(name: str) -> bool:
-    """Torch's own operations do; a Function of the user's, and torch's second derivatives, may send None."""
+    """Whether operations of this name send a gradient to each input that requires one.
+
+    PyTorch's own operations do. A user's autograd.Function and PyTorch's second derivatives may send None.
+    """
     return name[-1:].isdigit() and "BackwardBackward" not in name
 
 
 def is_output_of_fsdp1(edge: Edge) -> bool:
-    """Whether the tensor left a layer of torch's first FSDP and nothing has been done to it since.
+    """Whether the tensor is what ``FullyShardedDataParallel`` (torch's first FSDP) returned, not a copy of it.
 
-    That wrapper puts a hook on what it returns, which gathers the parameters for the backward pass and lets them go at
-    its end; a pass that ends at this very tensor lets them go before the pass that needs them.
+    FSDP puts a hook on the tensors that it returns. The hook gathers the parameters for a backward pass and frees them
+    at the end of the pass. A pass of our own that ends at such a tensor makes FSDP free the parameters before the
+    network's backward pass needs them.
     """
     layer = edge[0]
     nearby = [layer]
-    for _ in range(4):  # the layer, a view, the split, the flat parameter
+    for _ in range(4):  # from the layer to a view, the split, the flat parameter
         nearby = [child for node in nearby if not is_leaf(node) for child, _ in children(node)]
         if any(is_leaf(node) and getattr(node.variable, "_is_flat_param", False) for node in nearby):  # type: ignore[attr-defined]
             return operation(layer) != "Clone"
@@ -199,9 +224,10 @@ def is_output_of_fsdp1(edge: Edge) -> bool:
 
 
 def differentiable_once(gradient: Tensor) -> bool:
-    """Whether the graph of a gradient holds a node that raises when differentiated, as ``once_differentiable`` leaves.
+    """Whether the graph of a gradient holds the node that ``once_differentiable`` leaves, which raises when run.
 
-    Autograd drops such a branch without raising where nothing else leads from it to the outputs: a silent zero.
+    Where nothing else leads from that node to the outputs, autograd drops the branch and does not raise: the second
+    derivative would be a silent zero.
     """
     return gradient.grad_fn is not None and any(
         node.name() == "torch::autograd::Error" for node in explore(gradient.grad_fn, lambda edge: False).nodes
@@ -209,7 +235,7 @@ def differentiable_once(gradient: Tensor) -> bool:
 
 
 def elements_between(gradient: Tensor, edge: Edge) -> int:
-    """How many numbers one vector makes on its way back from a gradient to the outputs behind ``edge``."""
+    """How many numbers a vector-Jacobian product makes on its way from ``gradient`` back to the outputs at ``edge``."""
     if gradient.grad_fn is None:
         return 0
     nodes = explore(gradient.grad_fn, edge.__eq__).nodes
@@ -217,34 +243,36 @@ def elements_between(gradient: Tensor, edge: Edge) -> int:
 
 
 def mark_preconditioned(node: Node, edges: Iterable[Edge]) -> None:
-    """Note on a loss's node where its gradient is the surrogate's, so that no second step is taken there."""
+    """Note on the node of a loss at which edges it takes a Newton step, so that no second one is taken there."""
     _metadata(node)[_MARK] = preconditioned_edges(node).union(edges)
 
 
 def preconditioned_edges(node: Node) -> frozenset[Edge]:
-    """What :func:`mark_preconditioned` has noted."""
+    """The edges at which :func:`mark_preconditioned` noted a Newton step; empty for most nodes."""
     return _metadata(node).get(_MARK, frozenset())
 
 
 def is_preconditioned(node: Node) -> bool:
-    """Whether :func:`mark_preconditioned` was here."""
+    """Whether this is the node of a loss that already takes a Newton step."""
     return bool(preconditioned_edges(node))
 
 
 def mark_hessian(node: Node, edge: Edge, blocks: Callable[[], Tensor]) -> None:
-    """Note on a loss's node that ``blocks()`` is its Hessian with respect to the tensor behind ``edge``."""
+    """Note on the node of a loss that ``blocks()`` is its Hessian with respect to the tensor at ``edge``."""
     _metadata(node)[_HESSIAN] = (edge, blocks)
 
 
 def known_hessian(node: Node) -> tuple[Edge, Callable[[], Tensor]] | None:
-    """What :func:`mark_hessian` has noted."""
+    """The edge and the function that :func:`mark_hessian` noted; None where it noted nothing."""
     return _metadata(node).get(_HESSIAN)
 
 
 def on_one_path(edge: Edge, others: Iterable[Edge]) -> bool:
-    """Whether ``edge`` is one of the others, or one of them was computed from the other."""
+    """Whether ``edge`` is among ``others``, was computed from one of them, or is what one of them was computed from."""
     others = set(others)
-    return edge in others or bool(upstream_edges(edge, others)) or any(upstream_edges(o, [edge]) for o in others)
+    return (
+        edge in others or bool(upstream_edges(edge, others)) or any(upstream_edges(other, [edge]) for other in others)
+    )
 
 
 def _metadata(node: Node) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Where outputs meet the loss, by name: what was recorded while the model and the loss were called."""
+"""``boundary="head"``: where outputs meet the loss, by a name.
+
+A name is that of a submodule (:class:`ModuleOutput`) or that of a loss (:class:`LossCall`). Forward hooks and wrapped
+calls record the tensors that pass there; under a loss, the recorded tensors that it was computed from are its outputs.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from newton_plugin._boundary.autograd_graph import Edge, explore
+from newton_plugin._boundary.autograd_graph import Edge, edge_of, explore
 from newton_plugin._boundary.finder import Cut, boundaries_at
 from newton_plugin._errors import ArgumentError
 
@@ -22,7 +25,7 @@ __all__ = ["LossCall", "ModuleOutput"]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors that require grad in nested tuples, lists, dicts and dataclasses."""
+    """The tensors that require grad in nested tuples, lists, dicts and dataclasses; none without dimensions."""
     if isinstance(value, Tensor):
         if value.requires_grad and value.is_floating_point() and value.ndim > 0:
             yield value
@@ -38,59 +41,59 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _Recorder:
-    """Collects gradient edges by name during a forward pass."""
+    """Records the edges of tensors, with a name for each, during a forward pass."""
 
-    # Edges keep their graph alive; a forward pass whose loss never comes must not do so for ever.
+    # An edge keeps its graph alive. If no loss ever asks for the edges of a forward pass, the oldest are given up.
     _LIMIT = 256
 
     def __init__(self) -> None:
         self.recorded: dict[Edge, str] = {}
 
     def record(self, name: str, value: Any) -> None:
+        """Record the tensors in ``value`` under ``name``."""
         if not torch.is_grad_enabled():
             return
         for tensor in tensors_in(value):
-            edge = get_gradient_edge(tensor)
-            self.recorded.setdefault((edge.node, edge.output_nr), name)
+            self.recorded.setdefault(edge_of(tensor), name)
         while len(self.recorded) > self._LIMIT:
             self.recorded.pop(next(iter(self.recorded)))
 
     def cut(self, loss: Tensor) -> Cut:
-        """The recorded edges that ``loss`` was computed from; forgets all of them."""
+        """The boundaries at the recorded edges that ``loss`` was computed from; all edges are forgotten."""
         recorded, self.recorded = self.recorded, {}
         assert loss.grad_fn is not None
         graph = explore(loss.grad_fn, recorded.__contains__)
         cut = boundaries_at({edge: recorded[edge] for edge in graph.stops}, graph)
         if recorded and not cut.boundaries:
             names = ", ".join(sorted({repr(n) for n in recorded.values()}))
-            cut.seen += f"; outputs recorded from {names}, none of which the loss was computed from"
+            cut.description += f"; outputs recorded from {names}, none of which the loss was computed from"
         elif not recorded:
-            cut.seen += "; nothing recorded: the named part was not called since the last step"
+            cut.description += "; nothing recorded: the named part was not called since the last step"
         return cut
 
 
-class _SubmoduleHook:
-    """A forward hook that never travels with a copy of the module it sits on."""
+class _SubmoduleHooks:
+    """The two forward hooks of one submodule: they record its output, or its inputs if it is a loss."""
 
-    def __init__(self, finder: _Recorder, name: str) -> None:
-        self.finder = finder
+    def __init__(self, recorder: _Recorder, name: str) -> None:
+        self.recorder = recorder
         self.name = name
-        self._inputs: Any = ()
+        self._inputs = _Recorder()
 
-    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inputs = _Recorder()
         self._inputs.record(self.name, (args, kwargs))
 
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 0:  # a loss: what went in is the boundary
-            self.finder.recorded.update(self._inputs.recorded)
+    def after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 0:  # the submodule is a loss: its inputs are the outputs
+            self.recorder.recorded.update(self._inputs.recorded)
         else:
-            self.finder.record(self.name, output)
-        self._inputs = ()
+            self.recorder.record(self.name, output)
+        self._inputs = _Recorder()
 
 
-class _Detachable:
-    """A hook function that deep-copies and pickles as one that does nothing."""
+class _NotCopied:
+    """A hook function that does nothing in a copy of its module, deep-copied or unpickled."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -99,22 +102,22 @@ class _Detachable:
         self.function(*args)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        return _inert
+        return _do_nothing
 
     def __reduce__(self) -> Any:
-        return _get_inert, ()
+        return _get_do_nothing, ()
 
 
-def _inert(*args: Any) -> None:
-    """What is left of a hook in a copy."""
+def _do_nothing(*args: Any) -> None:
+    """The hook in a copy."""
 
 
-def _get_inert() -> Any:
-    return _inert
+def _get_do_nothing() -> Any:
+    return _do_nothing
 
 
 class ModuleOutput:
-    """What the submodule ``name`` returned; what it was called with, if it returned a loss.
+    """Finds what the submodule ``name`` returned or, if it returned a loss, what it was called with.
 
     Raises:
         ArgumentError: on :meth:`attach`, if there is no such submodule.
@@ -131,10 +134,10 @@ class ModuleOutput:
         target = dict(module.named_modules()).get(self.name)
         if target is None:
             raise ArgumentError(no_such_name(self.name, module))
-        hook = _SubmoduleHook(self._recorder, self.name)
+        hooks = _SubmoduleHooks(self._recorder, self.name)
         self._handles = [
-            target.register_forward_pre_hook(_Detachable(hook.before), with_kwargs=True),  # type: ignore[arg-type]
-            target.register_forward_hook(_Detachable(hook.after), with_kwargs=True),  # type: ignore[arg-type]
+            target.register_forward_pre_hook(_NotCopied(hooks.before_forward), with_kwargs=True),  # type: ignore[arg-type]
+            target.register_forward_hook(_NotCopied(hooks.after_forward), with_kwargs=True),  # type: ignore[arg-type]
         ]
 
     def detach(self) -> None:
@@ -146,7 +149,7 @@ class ModuleOutput:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Forget what an earlier forward pass left, then let the hooks record."""
+        """Forget what an earlier forward pass recorded. The hooks record inside and outside."""
         self._recorder.recorded = {}
         yield
 
@@ -155,8 +158,9 @@ class ModuleOutput:
 
 
 class LossCall:
-    """What the loss ``name`` was called with, where it is a method of the module or a function of
-    ``torch.nn.functional``. It listens inside :meth:`watch` only.
+    """Finds what the loss ``name`` was called with: a method of the module, or a function of ``torch.nn.functional``.
+
+    Calls are recorded inside :meth:`watch` only.
 
     Raises:
         ArgumentError: on :meth:`attach`, if ``name`` is neither.
@@ -168,13 +172,13 @@ class LossCall:
         self._module: nn.Module | None = None
 
     def attach(self, module: nn.Module) -> None:
-        """Remember the module whose method it is."""
+        """Note the module whose method the loss may be."""
         if not callable(getattr(module, self.name, None)) and not is_functional(self.name):
             raise ArgumentError(no_such_name(self.name, module))
         self._module = module
 
     def detach(self) -> None:
-        """Forget it."""
+        """Forget the module and what was recorded."""
         self._module = None
         self._recorder.recorded = {}
 
@@ -184,22 +188,23 @@ class LossCall:
         self._recorder.recorded = {}
         with ExitStack() as stack:
             if self._module is not None and callable(getattr(self._module, self.name, None)):
-                stack.enter_context(self._listening_method(self._module))
+                stack.enter_context(self._record_method(self._module))
             else:
-                stack.enter_context(_Listening(self.name, self._recorder))
+                stack.enter_context(_RecordFunction(self.name, self._recorder))
             yield
 
     @contextmanager
-    def _listening_method(self, module: nn.Module) -> Iterator[None]:
+    def _record_method(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the method of this object records its arguments."""
         own = module.__dict__
         before = {self.name: own[self.name]} if self.name in own else {}
         original = getattr(module, self.name)
 
-        def listening(*args: Any, **kwargs: Any) -> Any:
+        def recording(*args: Any, **kwargs: Any) -> Any:
             self._recorder.record(self.name, (args, kwargs))
             return original(*args, **kwargs)
 
-        own[self.name] = listening
+        own[self.name] = recording
         try:
             yield
         finally:
@@ -210,8 +215,8 @@ class LossCall:
         return self._recorder.cut(loss)
 
 
-class _Listening(TorchFunctionMode):
-    """Records the inputs of one function of ``torch.nn.functional``."""
+class _RecordFunction(TorchFunctionMode):
+    """Inside, one function of ``torch.nn.functional`` records its arguments."""
 
     def __init__(self, name: str, recorder: _Recorder) -> None:
         super().__init__()
@@ -230,7 +235,7 @@ def is_functional(name: str) -> bool:
 
 
 def no_such_name(name: str, module: nn.Module) -> str:
-    """A message that lists what could have been meant."""
+    """The message for a name that means nothing, with the names that could have been meant."""
     names = [n for n, _ in module.named_modules() if n]
     shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     near = difflib.get_close_matches(name, names, 1)

@@ -1,15 +1,16 @@
-"""What it means to find where the model's outputs meet the loss, however it is done.
+"""What all finders of boundaries share: what they are asked, and what they answer.
 
-* :class:`newton_plugin._boundary.by_graph.GraphCut` reads it off the autograd graph.
-* :class:`newton_plugin._boundary.by_name.ModuleOutput` takes what a named submodule returned.
-* :class:`newton_plugin._boundary.by_name.LossCall` takes what a named loss was called with.
+* :class:`newton_plugin._boundary.by_graph.GraphFinder` reads the boundary off the autograd graph.
+* :class:`newton_plugin._boundary.by_name.ModuleOutput` records what a named submodule returns.
+* :class:`newton_plugin._boundary.by_name.LossCall` records what a named loss is called with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -19,38 +20,40 @@ from newton_plugin._boundary.autograd_graph import (
     LossGraph,
     edge_shape,
     make_boundary,
+    on_one_path,
     operation,
+    preconditioned_edges,
     upstream_edges,
 )
 
-__all__ = ["BoundaryFinder", "Cut", "boundaries_at", "describe"]
+__all__ = ["BoundaryFinder", "Cut", "boundaries_at", "describe", "free_boundaries"]
 
 
 @dataclass
 class Cut:
-    """What a finder found under one loss.
+    """The boundaries under one loss, and what a user should know about them.
 
     Attributes:
-        boundaries: where to take the step.
-        dropped: what was passed over, and why, in words.
-        turned: outputs whose features were transposed on the way to the loss, with both shapes, in words.
-        seen: what the graph holds, in words, for the error where nothing was found; empty where something was.
-        preconditioned: some of the loss carries a Newton step of its own already.
+        boundaries: where outputs meet the loss; none of them was computed from another.
+        left_out: boundaries that were passed over, each with the reason, in words.
+        transposed: outputs whose features were transposed on the way to the loss, with both shapes, in words.
+        description: where no boundary was found, the operations of the loss, in words; else empty.
+        preconditioned: whether a part of the loss already takes a Newton step of its own.
     """
 
     boundaries: list[Boundary]
-    dropped: list[str] = field(default_factory=list)
-    turned: list[str] = field(default_factory=list)
-    seen: str = ""
+    left_out: list[str] = field(default_factory=list)
+    transposed: list[str] = field(default_factory=list)
+    description: str = ""
     preconditioned: bool = False
 
 
 class BoundaryFinder(Protocol):
-    """From a loss to its boundaries."""
+    """Finds the boundaries under a loss."""
 
     def __call__(self, loss: Tensor) -> Cut: ...
 
-    def watch(self) -> Any:
+    def watch(self) -> AbstractContextManager[None]:
         """A context manager around the forward pass and the computation of the loss."""
         ...
 
@@ -59,33 +62,46 @@ class BoundaryFinder(Protocol):
         ...
 
     def detach(self) -> None:
-        """Remove it again."""
+        """Remove what :meth:`attach` registered."""
         ...
 
 
-def boundaries_at(edges: Mapping[Edge, str], graph: LossGraph, already: int = 0) -> Cut:
-    """Make boundaries of edges; of nested ones keep those nearest the loss."""
-    cut = Cut([], preconditioned=already > 0 or bool(graph.preconditioned))
+def boundaries_at(edges: Mapping[Edge, str], graph: LossGraph) -> Cut:
+    """Make boundaries of named edges; where one was computed from another, keep the one nearer the loss."""
+    cut = Cut([], preconditioned=bool(graph.preconditioned))
     nested: set[Edge] = set()
     if len(edges) > 1:
         for edge in edges:
             nested |= upstream_edges(edge, [e for e in edges if e != edge])
     for edge, name in edges.items():
         if edge in nested:
-            what = f"{name!r} (shape {edge_shape(edge)})"
-            cut.dropped.append(f"{what}: another boundary nearer the loss is computed from it")
+            cut.left_out.append(f"{_shown(edge, name)}: another boundary nearer the loss is computed from it")
         elif not graph.consumers.get(edge):
-            what = f"{name!r} (shape {edge_shape(edge)})"
-            cut.dropped.append(f"{what}: the loss does not use it directly")
+            cut.left_out.append(f"{_shown(edge, name)}: the loss does not use it directly")
         else:
             cut.boundaries.append(make_boundary(name, edge, graph))
     if not cut.boundaries:
-        cut.seen = describe(graph)
+        cut.description = describe(graph)
     return cut
 
 
+def _shown(edge: Edge, name: str) -> str:
+    return f"{name!r} (shape {edge_shape(edge)})"
+
+
+def free_boundaries(loss: Tensor, boundaries: list[Boundary]) -> list[Boundary]:
+    """The boundaries at which ``loss`` may take a Newton step.
+
+    A loss that already takes one somewhere takes no second one there, nor at a boundary on the same path: one that was
+    computed from there, or that it was computed from.
+    """
+    assert loss.grad_fn is not None
+    stepped = preconditioned_edges(loss.grad_fn)
+    return [b for b in boundaries if not on_one_path(b.graph_edge, stepped)] if stepped else boundaries
+
+
 def describe(graph: LossGraph, limit: int = 12) -> str:
-    """The operations nearest the loss."""
+    """The names of the operations nearest the loss, at most ``limit`` of them."""
     names = [operation(node) or node.name() for node in graph.nodes]
     more = f", … ({len(names) - limit} more)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

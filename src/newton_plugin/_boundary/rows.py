@@ -1,8 +1,8 @@
 """Which dimensions of the outputs are samples and which are features.
 
-Outputs of any shape are seen as ``N`` rows of ``m`` features. By default the first dimension is the batch
-and everything behind it one row: (N, C, H, W) has rows of C*H*W features. ``feature_dims`` names the feature
-dimensions instead: ``feature_dims=1`` makes (N, C, H, W) into N*H*W rows of C features.
+Outputs of any shape are seen as ``N`` rows of ``m`` features. By default the first dimension counts the samples and all
+others are features: (N, C, H, W) has N rows of C*H*W features. ``feature_dims`` names the feature dimensions instead:
+with ``feature_dims=1``, (N, C, H, W) has N*H*W rows of C features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ __all__ = ["RowLayout", "check_feature_dims", "layout_of"]
 
 
 def check_feature_dims(feature_dims: int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return ``feature_dims`` as a tuple (None stays None); raise where it is neither."""
+    """``feature_dims`` as a tuple; None stays None.
+
+    Raises:
+        ArgumentTypeError: neither None, nor an integer, nor a sequence of integers.
+        ArgumentError: an empty sequence.
+    """
     if feature_dims is None:
         return None
     dims = (feature_dims,) if isinstance(feature_dims, int) else tuple(feature_dims)
@@ -84,7 +89,7 @@ class RowLayout:
 
     @cached_property
     def groups(self) -> int:
-        """T, the rows that one entry of the first dimension makes: positions of a sequence, pixels of an image."""
+        """T, the number of rows in one entry of the first dimension: positions of a sequence, pixels of an image."""
         return math.prod(self.shape[d] for d in self.sample_axes[1:])
 
     @cached_property
@@ -94,7 +99,7 @@ class RowLayout:
 
     @cached_property
     def _is_rows(self) -> bool:
-        """Whether the outputs are rows as they come."""
+        """Whether the outputs are rows already."""
         return self.feature_axes == (1,) and len(self.shape) == 2
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -122,5 +127,5 @@ class RowLayout:
 
 @functools.lru_cache(maxsize=256)
 def layout_of(shape: tuple[int, ...], feature_dims: tuple[int, ...] | None) -> RowLayout:
-    """The layout, made once: it is asked for at every step, and nothing but its arguments is in it."""
+    """The layout of these arguments. It is needed at every step and depends on nothing else, so it is made once."""
     return RowLayout(shape, feature_dims)

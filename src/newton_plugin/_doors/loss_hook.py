@@ -1,31 +1,27 @@
-"""The loss-tensor door: one line between the loss and ``backward()``."""
+"""The door for a loss tensor: one line between the loss and ``backward()``.
+
+A call of the hook finds the boundaries of the loss, takes the rule that holds the running state of each, and lets the
+engine replace the gradients there. This file also words every warning and error about where the boundaries are.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1, on_one_path, preconditioned_edges
-from newton_plugin._boundary.by_graph import GraphCut
-from newton_plugin._boundary.by_name import LossCall, ModuleOutput
-from newton_plugin._boundary.finder import BoundaryFinder, Cut
+from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1
+from newton_plugin._boundary.finder import Cut, free_boundaries
 from newton_plugin._boundary.rows import layout_of
+from newton_plugin._boundary.search import BoundarySearch
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
-from newton_plugin._errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    NewtonPluginError,
-    NoBoundaryError,
-    NoGradientError,
-    ShapeError,
-)
+from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoBoundaryError, NoGradientError, ShapeError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.engine import precondition
@@ -34,8 +30,8 @@ from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings,
 
 __all__ = ["LossHook"]
 
-# States of boundaries are kept by name and width; a model whose outputs change their width all the time
-# (sequences) does not collect them for ever.
+# The running states are kept by the boundary's name and width. Outputs whose width changes all the time (sequences)
+# would collect them without end, so the oldest are given up.
 _MAX_STATES = 64
 
 _NOT_FOUND = "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
@@ -99,8 +95,7 @@ class LossHook:
     ) -> None:
         self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
         self.boundary = boundary
-        self._names = _check_boundary(boundary)
-        self._finders: list[BoundaryFinder] = [] if self._names else [GraphCut()]
+        self._search = BoundarySearch(boundary)
         self._rules: dict[str, StepRule] = {}
         self._used: list[StepRule] = []
         self._found_once = False
@@ -115,8 +110,7 @@ class LossHook:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps settings and running state; it is attached to no module and knows no last batch."""
-        finders = [] if self._names else [GraphCut()]
-        return {**self.__dict__, "_finders": finders, "_used": []}
+        return {**self.__dict__, "_search": BoundarySearch(self.boundary), "_used": []}
 
     def attach(self, module: nn.Module) -> None:
         """Tell the hook the model, so that names mean something; registers forward hooks on named submodules.
@@ -124,30 +118,16 @@ class LossHook:
         Raises:
             ArgumentError: a boundary's name that the model does not have.
         """
-        self.detach()
-        if self._names:
-            submodules = dict(module.named_modules())
-            self._finders = [ModuleOutput(n) if n in submodules else LossCall(n) for n in self._names]
-        try:
-            for finder in self._finders:
-                finder.attach(module)
-        except ArgumentError:
-            self.detach()
-            raise
+        self._search.attach(module)
 
     def detach(self) -> None:
         """Remove everything that :meth:`attach` registered."""
-        for finder in self._finders:
-            finder.detach()
-        if self._names:
-            self._finders = []
+        self._search.detach()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Put this around the forward pass and the loss where ``boundary`` names a method or a function."""
-        with ExitStack() as stack:
-            for finder in self._finders:
-                stack.enter_context(finder.watch())
+        with self._search.watch():
             yield
 
     @eager
@@ -166,65 +146,54 @@ class LossHook:
             BatchCoupledError, OutputsTooLargeError: see :class:`newton_plugin.Hessian`.
             RanksDisagreeError: on every rank, if the ranks do not find the same boundaries.
         """
-        if not isinstance(loss, Tensor):
-            raise ArgumentTypeError(f"loss must be a torch.Tensor; got {type(loss).__name__}.")
-        if loss.numel() != 1:
-            raise ShapeError(
-                f"loss must be one number; got shape {tuple(loss.shape)}. Reduce it first, or wrap the loss "
-                "function by npl.newton_loss, which also takes one loss for each sample."
-            )
+        _check_loss(loss)
         if not torch.is_grad_enabled():
             return loss
-        if loss.grad_fn is None:
-            raise NoGradientError(
-                "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
-                "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
-                "the loss on which you would call backward(). Losses of rankings: newton_plugin.algorithms."
-            )
-        stepped = preconditioned_edges(loss.grad_fn)
-        if stepped and not self._names:
+        _check_graph(loss)
+        if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
-        cut = self._find_together(loss)
-        if stepped:
-            cut.boundaries = [b for b in cut.boundaries if not on_one_path((b.edge.node, b.edge.output_nr), stepped)]
-        if cut.boundaries:
-            self._used = self._rules_of(cut.boundaries, name)
-            precondition(loss, cut.boundaries, self._used, self._settings)
+        boundaries = free_boundaries(loss, self._find_on_every_rank(loss))
+        if boundaries:
+            self._used = self._rules_of(boundaries, name)
+            precondition(loss, boundaries, self._used, self._settings)
             self._found_once = True
         return loss
 
-    def _find_together(self, loss: Tensor) -> Cut:
-        """:meth:`_find`; a rank that has nothing to average says so to those that would wait for it."""
+    def _find_on_every_rank(self, loss: Tensor) -> list[Boundary]:
+        """:meth:`_find`. A rank without boundaries tells the other ranks, which would wait for its part of the mean."""
         ranks = current_ranks(self._settings.sync)
         try:
-            cut = self._find(loss)
+            boundaries = self._find(loss)
         except NewtonPluginError as error:
             ranks.agree(f"{type(error).__name__}: {error}")
             raise
-        if not cut.boundaries:
+        if not boundaries:
             ranks.agree("no boundary")
-        return cut
+        return boundaries
 
-    def _find(self, loss: Tensor) -> Cut:
-        if self._names and not self._finders:
-            raise ArgumentError(
-                f"boundary={self.boundary!r} names a part of the model, which the hook does not know. "
-                "Pass it: LossHook(..., module=model)."
+    def _find(self, loss: Tensor) -> list[Boundary]:
+        """The boundaries of the loss. What is doubtful about them is reported; what cannot be used is an error."""
+        cut = self._search(loss)
+        self._report_doubts(cut)
+        if cut.preconditioned:
+            return []
+        if not cut.boundaries:
+            self._none_found(cut, loss)
+        if not self._found_once and any(is_output_of_fsdp1(b.graph_edge) for b in cut.boundaries):
+            raise NoBoundaryError(
+                "the outputs come straight from FullyShardedDataParallel, whose hook on them takes the curvature's "
+                "backward pass for the network's. Give the loss a copy, loss_fn(model(x).clone(), ...), or use "
+                "torch.distributed.fsdp.fully_shard (FSDP2), which needs nothing."
             )
-        cuts = [finder(loss) for finder in self._finders]
-        cut = Cut(
-            _unique([b for c in cuts for b in c.boundaries]),
-            [d for c in cuts for d in c.dropped],
-            [t for c in cuts for t in c.turned],
-            "; ".join(c.seen for c in cuts),
-            any(c.preconditioned for c in cuts),
-        )
-        for dropped in cut.dropped:
-            self._report(f"newton_plugin leaves one boundary out: {dropped}.")
-        if self._settings.feature_dims is not None and cut.turned:
+        return cut.boundaries
+
+    def _report_doubts(self, cut: Cut) -> None:
+        for words in cut.left_out:
+            self._report(f"newton_plugin leaves one boundary out: {words}.")
+        if self._settings.feature_dims is not None and cut.transposed:
             self._report(
                 f"newton_plugin counts feature_dims={self._settings.feature_dims} on the outputs as the loss sees "
-                f"them, after a transposition: {'; '.join(cut.turned)}. If you meant the shape before it, name the "
+                f"them, after a transposition: {'; '.join(cut.transposed)}. If you meant the shape before it, name the "
                 "submodule that makes the outputs, boundary='head'; if you meant the shape after it, name the loss."
             )
         if cut.preconditioned and cut.boundaries:
@@ -232,34 +201,27 @@ class LossHook:
                 "newton_plugin: a part of this loss is wrapped by newton_loss already; the rest of it keeps its "
                 "plain gradient. Wrap the whole loss, or none of it."
             )
-            cut.boundaries = []
-        if not cut.boundaries and not cut.preconditioned:
-            self._none_found(cut, loss)
-        if not self._found_once and any(is_output_of_fsdp1((b.edge.node, b.edge.output_nr)) for b in cut.boundaries):
-            raise NoBoundaryError(
-                "the outputs come straight from FullyShardedDataParallel, whose hook on them takes the curvature's "
-                "backward pass for the network's. Give the loss a copy, loss_fn(model(x).clone(), ...), or use "
-                "torch.distributed.fsdp.fully_shard (FSDP2), which needs nothing."
-            )
-        return cut
 
     def _none_found(self, cut: Cut, loss: Tensor) -> None:
+        """Count a batch without a boundary; at the first call raise."""
         if self._found_once:
             self._skipped += 1
             return
-        dropped = f" Left out: {'; '.join(cut.dropped)}." if cut.dropped else ""
+        left_out = f" Left out: {'; '.join(cut.left_out)}." if cut.left_out else ""
         raise NoBoundaryError(
             f"boundary={self.boundary!r} found no outputs under the loss (value of shape {tuple(loss.shape)}). "
-            f"Seen from the loss: {cut.seen}.{dropped} " + (_COMPILED if "CompiledFunction" in cut.seen else _NOT_FOUND)
+            f"Seen from the loss: {cut.description}.{left_out} "
+            + (_COMPILED if "CompiledFunction" in cut.description else _NOT_FOUND)
         )
 
     def _report(self, message: str) -> None:
+        """Warn once for each message."""
         if message not in self._reported:
             self._reported.add(message)
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, UserWarning, stacklevel=5)
 
     def _rules_of(self, boundaries: Sequence[Boundary], loss: str) -> list[StepRule]:
-        """One rule for each boundary: a layer that is called twice in one loss has two."""
+        """The rule of each boundary, with its running state; a layer that is called twice in one loss has two."""
         keys: list[str] = []
         for boundary in boundaries:
             width = layout_of(boundary.shape, self._settings.features).features
@@ -295,24 +257,27 @@ class LossHook:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self._rules = {key: self._settings.build() for key in state["rules"]}
         for key, rule in self._rules.items():
             rule.load_state_dict(state["rules"][key])
         self._found_once, self._skipped = state["found_once"], state["skipped"]
 
 
-def _check_boundary(boundary: Any) -> list[str]:
-    """The names in ``boundary``; none for "auto"."""
-    names = [boundary] if isinstance(boundary, str) else boundary
-    if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
-        raise ArgumentTypeError(f"boundary must be a name or a list of names; got {boundary!r}.")
-    if not names or not all(names):
-        raise ArgumentError(f"boundary must be 'auto' or name at least one part of the model; got {boundary!r}.")
-    if "auto" in names and len(names) > 1:
-        raise ArgumentError(f"boundary='auto' stands alone; got {boundary!r}.")
-    return [] if names[0] == "auto" else list(names)
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise ArgumentTypeError(f"loss must be a torch.Tensor; got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ShapeError(
+            f"loss must be one number; got shape {tuple(loss.shape)}. Reduce it first, or wrap the loss "
+            "function by npl.newton_loss, which also takes one loss for each sample."
+        )
 
 
-def _unique(boundaries: list[Boundary]) -> list[Boundary]:
-    return list({(b.edge.node, b.edge.output_nr): b for b in boundaries}.values())
+def _check_graph(loss: Tensor) -> None:
+    if loss.grad_fn is None:
+        raise NoGradientError(
+            "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
+            "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
+            "the loss on which you would call backward(). Losses of rankings: newton_plugin.algorithms."
+        )

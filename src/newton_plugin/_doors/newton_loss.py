@@ -1,4 +1,8 @@
-"""The loss-function door: wrap a loss, or decorate one, and train as before."""
+"""The door for a loss function: wrap a loss, or decorate one, and train as before.
+
+The outputs are an argument of the call, so their edge in the autograd graph is known before the loss is evaluated, and
+no boundary has to be searched for.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._boundary.autograd_graph import explore, is_preconditioned, make_boundary
+from newton_plugin._boundary.autograd_graph import edge_of, explore, is_preconditioned, make_boundary
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
@@ -85,11 +88,11 @@ class NewtonLoss(nn.Module):
         named = {str(which): self._select(which, args, kwargs) for which in self._outputs}
         for name, y in named.items():
             if y.retains_grad or y._backward_hooks:
-                # What watches y shall see what enters the network and not our own passes over the loss.
+                # Hooks of y belong to the network: they shall see what enters it, not our own passes over the loss.
                 named[name] = y.clone()
                 args, kwargs = _replaced(args, kwargs, y, named[name])
-        edges = {name: get_gradient_edge(y) for name, y in named.items()}
-        known = {(e.node, e.output_nr) for e in map(get_gradient_edge, _differentiable(args, kwargs))}
+        edges = {name: edge_of(y) for name, y in named.items()}
+        arguments = {edge_of(tensor) for tensor in _differentiable(args, kwargs)}
         loss = self.loss_fn(*args, **kwargs)
         if not isinstance(loss, Tensor) or loss.grad_fn is None:
             raise NoGradientError(
@@ -98,10 +101,10 @@ class NewtonLoss(nn.Module):
             )
         if is_preconditioned(loss.grad_fn):
             return loss
-        graph = explore(loss.grad_fn, known.__contains__)
+        graph = explore(loss.grad_fn, arguments.__contains__)
         boundaries = []
         for name, edge in edges.items():
-            boundary = make_boundary(name, (edge.node, edge.output_nr), graph)
+            boundary = make_boundary(name, edge, graph)
             if boundary.consumers:
                 boundaries.append(boundary)
             elif not graph.preconditioned:
@@ -128,6 +131,11 @@ class NewtonLoss(nn.Module):
         return self._rules[name]
 
     def _select(self, which: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The outputs among the arguments of a call.
+
+        Raises:
+            ArgumentError, ArgumentTypeError, NoGradientError: no such argument; not a tensor; it does not require grad.
+        """
         y = self._argument(which, args, kwargs)
         if not isinstance(y, Tensor):
             raise ArgumentTypeError(
@@ -159,7 +167,7 @@ class NewtonLoss(nn.Module):
             ) from None
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        """Methods: each object has a running state of its own, and nothing is stored on it."""
+        """A decorated method: each object has a running state of its own, kept here and not on the object."""
         if instance is None:
             return self
         if instance not in self._clones:
@@ -172,7 +180,7 @@ class NewtonLoss(nn.Module):
         return MethodType(clone, instance)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles go on from the same state, without those of the objects whose method it is."""
+        """Copies and pickles go on from the same running state; those of objects whose method it is are left out."""
         return {**{k: v for k, v in self.__dict__.items() if k != "_clones"}, "_used": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

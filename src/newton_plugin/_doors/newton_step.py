@@ -1,4 +1,4 @@
-"""The Newton step in output space, as a function: ``z* = y - (C + damping I)^-1 grad``."""
+"""The Newton step in output space, as a function: ``z* = y - (C + damping I)^-1 grad``. Nothing is remembered."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from newton_plugin._boundary.autograd_graph import LossGraph, explore, make_boundary
+from newton_plugin._boundary.autograd_graph import LossGraph, edge_of, explore, make_boundary
 from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
@@ -86,8 +85,8 @@ def newton_step(
     kwargs = dict(loss_kwargs or {})
     y = outputs.detach().requires_grad_()
     with torch.enable_grad():
-        y = y.clone()  # a loss may work in place
-        edge = get_gradient_edge(y)
+        y = y.clone()  # a loss that works in place may not change a leaf
+        edge = edge_of(y)  # before the loss, which may work in place, makes y another tensor
         loss = loss_fn(y, *args, **kwargs)
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         raise NoGradientError(
@@ -95,9 +94,8 @@ def newton_step(
             "leave torch?"
         )
     assert loss.grad_fn is not None or loss is y
-    at = (edge.node, edge.output_nr)
-    graph = explore(loss.grad_fn, at.__eq__) if loss.grad_fn is not None else LossGraph()
-    boundary = make_boundary("outputs", at, graph)
+    graph = explore(loss.grad_fn, edge.__eq__) if loss.grad_fn is not None else LossGraph()
+    boundary = make_boundary("outputs", edge, graph)
     rule = settings.build()
     (taken,), _ = take_steps(loss, [boundary], [rule], settings)
     step = layout.from_rows(taken.step.to(outputs.dtype))

@@ -1,8 +1,8 @@
 r"""A symmetric matrix too large to form, from its products with a few random vectors.
 
 The batch mean of Hessians with m = 10,000 has 10^8 entries and would take 10,000 Hessian-vector products. But a damped
-inverse needs little of it: the eigenvalues well above the damping with their vectors, and one number for the rest, ``C
-~ U diag(l) U' + s (I - U U')``.
+inverse needs little of it: the eigenvalues well above the damping with their vectors, and one number for the rest:
+``C ~ U diag(l) U' + s (I - U U')``.
 
 Let W (r, m) be r probes of random signs. Y = W C is all that is computed from C (a single pass: Halko, Martinsson and
 Tropp, SIAM Review 2011, section 5.5). Let Q (r/2, m) be the leading right singular vectors of Y. If C = Q' B Q then

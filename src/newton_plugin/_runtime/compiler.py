@@ -1,8 +1,8 @@
 """Keeping the step out of regions that ``torch.compile`` compiles.
 
 The step differentiates the loss's graph, which a compiled region does not have: inside, a second derivative is an
-error or, in some versions, silently zero. Called from a compiled function, what is marked here is a graph break: the
-compiler stops before it, it runs eagerly together with everything it calls, and the compiler goes on after it.
+error or, in some versions, silently zero. A call of a function that is marked :func:`eager` is a graph break: the
+compiler stops before the call, the function runs eagerly with everything it calls, and the compiler goes on after it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager(function: Function) -> Function:
-    """A decorator; ``torch.compiler.disable``, but applied when the compiler first comes by.
+    """A decorator: ``torch.compiler.disable``, applied at the first call from a compiled function.
 
-    At once it would import the compiler with this package, which takes longer than importing torch.
+    Applied at once it would import the compiler together with this package, which takes longer than importing torch.
     """
     disabled: list[Any] = []
 

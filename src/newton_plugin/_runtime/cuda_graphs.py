@@ -1,7 +1,9 @@
-"""CUDA graphs: a replay repeats what the device did, so what goes from step to step has to stay where it was.
+"""Running states inside CUDA graphs.
 
-Outside a capture a running state is replaced at every step, which is one operation less and lets nobody see a tensor
-change that he holds. A captured step would then read, at every replay, what the last step before the capture left.
+Outside a capture, a step replaces the tensor of a running state by a new one. That is one operation less than writing
+into it, and a tensor that somebody holds does not change. A replay, however, repeats what the device did, at the same
+addresses: a captured step would read at every replay the tensor that the last step before the capture left. From a
+capture on, therefore, steps write the new state into the old tensor.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ __all__ = ["capturing", "carried", "refuse_in_a_capture"]
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether what is done to ``tensor`` now is recorded in a CUDA graph."""
+    """Whether operations on ``tensor`` are being recorded in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def carried(old: Tensor | None, new: Tensor, in_place: bool) -> Tensor:
-    """What takes the place of ``old``: ``new``, or ``old`` with the numbers of ``new`` in it.
+    """The running state after a step: ``new`` itself or, ``in_place``, ``old`` with the numbers of ``new``.
 
     Raises:
-        CaptureError: ``in_place``, and there is nothing of this shape to write into.
+        CaptureError: ``in_place``, and ``old`` is None or of another shape, dtype or device.
     """
     if not in_place:
         return new
@@ -36,10 +38,14 @@ def carried(old: Tensor | None, new: Tensor, in_place: bool) -> Tensor:
 
 
 def refuse_in_a_capture(like: Tensor, refresh_every: int) -> None:
-    """Raise for what counts its steps in Python.
+    """Refuse to capture a step that keeps its C: the count of its steps lives in Python, which no replay runs.
+
+    Args:
+        like: a tensor on the device of the step.
+        refresh_every: steps for which one C is used.
 
     Raises:
-        CaptureError: a step that keeps its C is being captured.
+        CaptureError: ``refresh_every`` is more than 1, and the step is being captured.
     """
     if refresh_every > 1 and capturing(like):
         raise CaptureError(

@@ -1,8 +1,8 @@
-"""Lightning Fabric's guard, and how the package's own passes go by it.
+"""Lightning Fabric's guard, and how the package's own backward passes get past it.
 
-In mixed precision Fabric puts a hook on what a model returns, which raises where a backward pass does not run inside
-``fabric.backward``, lest somebody forget to scale the loss. The passes that make the curvature send nothing into the
-model and need no scale. Nothing is imported: where Fabric is not in use there is no guard.
+In mixed precision Fabric puts a hook on what a model returns. The hook raises where a backward pass runs outside
+``fabric.backward``, as the loss might not have been scaled. Our own passes, which make the curvature, send nothing into
+the model and need no scale. Fabric is not imported: where it is not in use, there is no guard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLAG = "_in_fabric_backward"
 
 @contextmanager
 def past_fabrics_guard() -> Iterator[None]:
-    """Inside, a backward pass counts as one of ``fabric.backward``."""
+    """Inside, Fabric takes every backward pass for one of ``fabric.backward``."""
     guards: list[Any] = [sys.modules[name] for name in _PLACES if hasattr(sys.modules.get(name), _FLAG)]
     before = [getattr(guard, _FLAG) for guard in guards]
     for guard in guards:

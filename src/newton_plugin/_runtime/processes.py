@@ -1,11 +1,11 @@
 """Sums over the processes of a data-parallel run, so that R ranks take the step of one process with the whole batch.
 
-What has to be shared is little: C is a mean over samples, so ranks add their sums and their sample counts, once a
-step. Everything else (damping, running mean, solve) follows from C and is then the same on every rank, to the bit.
+C is a mean over samples, so once a step the ranks add up their sums and their sample counts. Everything else (damping,
+running mean, solve) follows from C and is the same on every rank, to the bit.
 
-Collectives hang when ranks do not agree on which one comes next, so every decision that changes their order is
-itself taken by all ranks together: which boundaries the loss has (:meth:`ProcessGroup.agree`), whether a Hessian
-exists (:meth:`ProcessGroup.worst`), whether a gradient is finite (:meth:`ProcessGroup.all`).
+Collectives hang when ranks disagree on which one comes next. Every decision that changes their order is therefore taken
+by all ranks together: which boundaries the loss has (:meth:`Ranks.agree`), whether a Hessian exists
+(:meth:`Ranks.worst`), whether a gradient is finite (:meth:`Ranks.all`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ __all__ = ["ONE_PROCESS", "OneProcess", "ProcessGroup", "Ranks", "current_ranks"
 
 
 class Ranks(Protocol):
-    """The processes that share a batch."""
+    """The processes that share a batch.
+
+    Attributes:
+        many: whether there is more than one.
+    """
 
     many: bool
 
     def agree(self, what: str) -> None:
-        """Raise on every rank unless ``what`` is the same text on all."""
+        """Raise :class:`RanksDisagreeError` on every rank unless all ranks pass the same text."""
         ...
 
     def mean(self, total: Tensor, count: int) -> Tensor:
-        """Sum of ``total`` over the ranks, divided by the sum of ``count``."""
+        """The sum of ``total`` over the ranks, divided by the sum of ``count``."""
         ...
 
     def count(self, own: int) -> int:
-        """Sum of ``own`` over the ranks."""
+        """The sum of ``own`` over the ranks."""
         ...
 
     def worst(self, code: int) -> int:
@@ -45,21 +49,21 @@ class Ranks(Protocol):
         ...
 
     def all(self, flag: Tensor) -> Tensor:
-        """Whether a boolean without dimensions holds on every rank."""
+        """Whether ``flag``, a boolean without dimensions, is true on every rank."""
         ...
 
     def rows(self, own: Tensor) -> tuple[Tensor, slice]:
-        """The rows (N_r, m) of every rank, (sum N_r, m), and where this rank's own are among them."""
+        """The rows (N_r, m) of all ranks together, (sum N_r, m), and the slice of them that this rank passed."""
         ...
 
 
 class OneProcess:
-    """No other ranks: every sum is its own."""
+    """One process alone: every sum over the ranks is its own."""
 
     many = False
 
     def agree(self, what: str) -> None:
-        """Nobody to disagree with."""
+        """Does nothing: there is no other rank."""
 
     def mean(self, total: Tensor, count: int) -> Tensor:
         return total / count
@@ -83,9 +87,9 @@ ONE_PROCESS = OneProcess()
 class ProcessGroup:
     """All ranks of ``torch.distributed``'s default group.
 
-    Tensors travel on their own device. The few bytes that decide what comes next travel between hosts, so that no
-    rank waits for its device to read them: through the default group where that takes CPU tensors (gloo), else
-    through a gloo group of its own.
+    Tensors are exchanged on their own device. The few bytes that decide what comes next are exchanged between hosts, so
+    that no rank waits for its device to read them: by the default group if its backend takes CPU tensors (gloo), else
+    by a gloo group made for this.
     """
 
     many = True
@@ -144,7 +148,7 @@ class ProcessGroup:
 
 
 def current_ranks(sync: bool) -> Ranks:
-    """The processes to average over now: this one alone unless ``sync`` and a process group of several runs."""
+    """The processes to average over now: with ``sync`` those of the default group, else this one alone."""
     if not (sync and dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ONE_PROCESS
     return _group_of(dist.group.WORLD)
@@ -152,5 +156,5 @@ def current_ranks(sync: bool) -> Ranks:
 
 @functools.lru_cache(maxsize=1)
 def _group_of(world: Any) -> ProcessGroup:
-    """One for each life of the default group: a new one may follow a destroyed one within the same process."""
+    """The :class:`ProcessGroup` of a default group. A process may destroy its default group and start another."""
     return ProcessGroup()

@@ -1,4 +1,4 @@
-"""What a loss does when it is called again, on other samples, in another dtype."""
+"""How a loss behaves: called twice, on other samples, in another dtype; its eigenvalues and its cost."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _REPEATS = 5
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference over the largest entry, in float64."""
+    """The largest difference over the largest entry of ``theirs``, in float64; absolute where ``theirs`` is zero."""
     size = float(theirs.double().abs().max())
     difference = float((ours.double() - theirs.double()).abs().max())
     return difference / size if size > 0 else difference
 
 
 def determinism(subject: Subject) -> Finding:
-    """The same numbers from the same seed, and from another."""
+    """Whether the gradient is the same from the same seed, and from another seed."""
     first, again, other = (subject.gradient(seed=seed) for seed in (0, 0, 1))
     rounding = 1e3 * torch.finfo(first.dtype).eps
     if not relative(again, first) <= rounding:
@@ -44,12 +44,12 @@ def determinism(subject: Subject) -> Finding:
 
 
 def coupling(subject: Subject, gradient: Tensor) -> Finding:
-    """Move some samples, and see whether the gradients of the others change. No second derivative is needed."""
+    """Whether the gradients of some samples change when others move. No second derivative is needed."""
     if subject.layout.rows < 2:
         return skipped("one sample alone cannot tell; pass a batch of two or more")
     size = float(gradient.norm()) / subject.layout.rows**0.5
     reason = "it is NaN or infinite there"
-    for far in (0.1, 1e-3, 1e-5):  # a loss may be defined near its outputs only
+    for far in (0.1, 1e-3, 1e-5):  # a loss may be defined only near these outputs
         try:
             change = _change_of_others(subject, gradient, far) / max(size, 1e-300)
         except Exception as error:
@@ -61,7 +61,11 @@ def coupling(subject: Subject, gradient: Tensor) -> Finding:
 
 
 def _change_of_others(subject: Subject, gradient: Tensor, far: float) -> float:
-    """Those whose k-th binary digit is 1 move, then those where it is 0: any two differ in one of log2 N digits."""
+    """The largest change of a sample's gradient while that sample stays and others move.
+
+    For each binary digit of the samples' numbers, the samples with a 1 there move, then those with a 0. Any two numbers
+    differ in one of the log2 N digits, so each sample moves once while the other stays.
+    """
     y, reference = subject.layout.to_rows(subject.outputs), subject.layout.to_rows(gradient)
     generator = torch.Generator().manual_seed(2)
     moves = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
@@ -92,7 +96,7 @@ def _coupled(change: float, far: float, dtype: torch.dtype) -> Finding:
 
 
 def precision(native: Subject, curved: bool) -> Finding:
-    """Gradient, and Hessian where there is one, in float32 against float64 at the same outputs."""
+    """The gradient, and the Hessian if ``curved``, in float32 against float64 at the same outputs."""
     try:
         low = native.to(torch.float32)
         high = low.to(torch.float64)
@@ -116,7 +120,7 @@ def precision(native: Subject, curved: bool) -> Finding:
 
 
 def definiteness(blocks: Tensor) -> Finding:
-    """Signs of the eigenvalues of the samples' Hessians (N, m, m) and of their mean."""
+    """The signs of the eigenvalues of the samples' Hessians (N, m, m) and of their mean."""
     values = torch.linalg.eigvalsh((blocks + blocks.mT).double() / 2)
     mean = torch.linalg.eigvalsh((blocks + blocks.mT).double().mean(0) / 2)
     low, high = float(values.min()), float(values.max())
@@ -139,7 +143,7 @@ def definiteness(blocks: Tensor) -> Finding:
 
 
 def hessian_cost(subject: Subject, closed_form: bool) -> Finding:
-    """Time of loss, gradient and Hessian over that of loss and gradient: medians, interleaved, on this machine."""
+    """The time of loss, gradient and Hessian over that of loss and gradient: interleaved medians on this machine."""
     times: dict[str, list[float]] = {"gradient": [], "both": []}
     for _ in range(_REPEATS):
         for name, run in (("gradient", subject.gradient), ("both", subject.blocks)):

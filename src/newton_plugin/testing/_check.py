@@ -1,4 +1,4 @@
-"""check_loss: every path through a loss, tried."""
+"""check_loss: calls a loss in every way in which it may be used, and reports what works."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.rows import RowLayout, check_feature_dims
+from newton_plugin._curvature.sizes import AUTO_FEATURES, FORMED_FROM_PRODUCTS
 from newton_plugin._doors.newton_loss import NewtonLoss
 from newton_plugin._errors import ArgumentTypeError, NonFiniteError, ShapeError, check_choice, check_floating
 from newton_plugin.testing._behaviour import coupling, definiteness, determinism, hessian_cost, precision
@@ -22,10 +23,7 @@ from newton_plugin.testing._transforms import by_func_gradient, by_func_hessian,
 
 __all__ = ["check_loss"]
 
-MOST_FEATURES = 64  # above it curvature="auto" spends no m products a step
-
-_MOST_PRODUCTS = 256  # spent on looking at definiteness and cost
-_MOST_ENTRIES = 2**25  # of all samples' Hessians together, 256 MB
+_MOST_ENTRIES = 2**25  # numbers in all samples' Hessians together: 256 MB
 
 
 def check_loss(
@@ -36,17 +34,17 @@ def check_loss(
     feature_dims: int | Sequence[int] | None = None,
     loss_kwargs: Mapping[str, Any] | None = None,
 ) -> LossReport:
-    """Try every path through ``loss_fn(outputs, *args)``: print what comes back.
+    """Try every way in which ``loss_fn(outputs, *args)`` may be used; ``print`` the report that comes back.
 
-    Nothing that goes wrong inside the loss is raised: it becomes a finding, with the reason and a remedy. Checks
-    are made in float64 where the loss can be evaluated there. The loss is called some hundred times, always from
-    the same random state, which is put back; modules are copied, so that their buffers stay as they are.
+    An error inside the loss is not raised: it becomes a finding, with the reason and a remedy. Checks are made in
+    float64 where the loss can be evaluated there. The loss is called some hundred times, always from the same random
+    state, which is restored; modules are copied, so that their buffers stay as they are.
 
     Args:
-        loss_fn: a function or module that returns one number, or one for each sample. One that is wrapped by
-            ``newton_loss`` is looked at without its wrapping.
-        outputs: (N, ...), a small batch (say 2 to 64 samples) as the model might give it; need not require grad.
-            What is found holds *there*: take outputs from the region that training goes through.
+        loss_fn: a function or module that returns one number, or one for each sample. Of a loss that is wrapped by
+            ``newton_loss``, the loss inside is checked.
+        outputs: (N, ...), a small batch (say 2 to 64 samples) as the model might return it; need not require grad.
+            The findings hold at *these* outputs: take them from the region that training goes through.
         *args: further arguments of ``loss_fn``.
         reduction, feature_dims: as for :class:`newton_plugin.LossHook`.
         loss_kwargs: keyword arguments of ``loss_fn``.
@@ -87,10 +85,10 @@ def _name(loss_fn: Callable[..., Any]) -> str:
 
 
 class _Check:
-    """The findings of one call, each made once, in the order in which they build on each other."""
+    """The findings of one call, each made once, in an order in which later ones use earlier ones."""
 
     def __init__(self, native: Subject, name: str) -> None:
-        self.native, self.name = native, name
+        self.native, self.name = native, name  # native: in the dtype in which the outputs were given
         self.found: dict[str, Finding] = {}
 
     def report(self) -> LossReport:
@@ -145,7 +143,7 @@ class _Check:
         blocks = None
         if found["hessian"].verdict != "exact":
             found["definiteness"] = found["cost"] = skipped("there is no Hessian to look at")
-        elif m > _MOST_PRODUCTS:
+        elif m > FORMED_FROM_PRODUCTS:
             found["definiteness"] = found["cost"] = skipped(f"{m} features would take {m} products")
         elif m * m * subject.layout.rows > _MOST_ENTRIES:
             found["definiteness"] = found["cost"] = skipped("pass fewer samples to look at their Hessians")
@@ -169,7 +167,7 @@ class _Check:
     def _closed_form(self) -> bool:
         try:
             return has_closed_form(self.native)
-        except Exception:  # the loss's own; other findings tell of it
+        except Exception:  # raised by the loss; another finding reports it
             return False
 
     def _choose(self) -> tuple[Literal["hessian", "fisher"] | None, str]:
@@ -178,11 +176,11 @@ class _Check:
             return None, self.found["evaluation"].words
         if not self.found["gradient"].ok:
             return None, self.found["gradient"].words
-        if m > MOST_FEATURES and not self._closed_form():
+        if m > AUTO_FEATURES and not self._closed_form():
             return "fisher", f"{m} features would take {m} Hessian-vector products a step"
         if hessian.verdict == "exact" and self.found["coupling"].verdict == "coupled":
             return "fisher", "the loss couples the samples of a batch"
-        if hessian.verdict == "exact" and m > MOST_FEATURES:
+        if hessian.verdict == "exact" and m > AUTO_FEATURES:
             return "hessian", "the plugin knows it in closed form, and takes no Hessian-vector products"
         if hessian.verdict == "exact":
             return "hessian", "the Hessian is there and right; 'fisher' and 'norm' need the gradient only"
@@ -207,7 +205,7 @@ def _evaluation(subject: Subject) -> Finding:
 
 
 def _guarded(look: Callable[[], Finding]) -> Finding:
-    """What was found; where looking itself failed, why."""
+    """The finding of ``look()``; where that raises, a skipped finding with the reason."""
     try:
         return look()
     except Exception as error:
@@ -216,7 +214,7 @@ def _guarded(look: Callable[[], Finding]) -> Finding:
 
 
 def _in_float64(native: Subject) -> Subject:
-    """The subject in float64; as it is where the loss cannot be evaluated there."""
+    """The subject in float64; unchanged where the loss cannot be evaluated in float64."""
     try:
         subject = native.to(torch.float64)
         whole = subject.total(subject.outputs.clone())

@@ -1,4 +1,4 @@
-"""First and second derivatives of a loss by autograd, and whether they are the derivatives."""
+"""First and second derivatives of a loss by autograd, and whether they are right."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ __all__ = ["Derivatives"]
 
 
 class Derivatives:
-    """What autograd gives for one subject.
+    """The derivatives of one subject by autograd.
 
     Attributes:
-        gradient: ``g_i`` in the shape of the outputs; None where there is none that is finite.
-        probes, products: two random directions and the batch's Hessian along them; None where it fails.
+        gradient: ``g_i`` in the shape of the outputs; None if there is none, or one that is not finite.
+        probes: two random directions.
+        products: the batch's Hessian times each of them; None if there is none, or one that is not finite.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -28,7 +29,7 @@ class Derivatives:
         self.products: Tensor | None = None
 
     def find_gradient(self) -> Finding:
-        """By backpropagation."""
+        """The gradient by backpropagation."""
         try:
             gradient = self.subject.gradient()
         except Exception as error:
@@ -45,7 +46,7 @@ class Derivatives:
         return Finding("ok", "exact")
 
     def compare_gradient(self, repeatable: bool) -> Finding:
-        """Against differences of the loss."""
+        """The gradient against differences of the loss."""
         if not repeatable or self.gradient is None:
             return skipped("a second call gives another loss")
         try:
@@ -63,7 +64,7 @@ class Derivatives:
         )
 
     def find_hessian(self, repeatable: bool) -> Finding:
-        """By double backward: what autograd gives, against whether the gradient changes at all."""
+        """The Hessian by double backward; where that is zero, whether the gradient does change."""
         assert self.gradient is not None
         flat = repeatable and self._is_flat()
         none_to_take = "the gradient does not change around these outputs: a piecewise linear loss"
@@ -99,7 +100,7 @@ class Derivatives:
             return False
 
     def compare_hessian(self, repeatable: bool) -> Finding:
-        """Against differences of the gradient."""
+        """The Hessian against differences of the gradient."""
         if self.products is None or not bool(self.products.any()):
             return skipped("there is no Hessian to compare")
         if not repeatable:

@@ -1,11 +1,11 @@
-"""Derivatives against central differences, at the step that suits them best.
+"""Derivatives against central differences.
 
 ``(f(y + h v) - f(y - h v)) / 2h`` differs from the derivative by truncation, which grows with h, and by rounding,
-which grows as 1/h. Where the balance lies depends on the loss, so several h are tried and the best counts: a
-right derivative agrees at one of them, a wrong one at none.
+which grows as 1/h. The best h depends on the loss, so several are tried and the smallest difference counts: a right
+derivative agrees at one h, a wrong one at none.
 
-A loss may be defined on one side of the outputs only (a probability of 1, a logarithm near 0): steps that lead to an
-error or to a number that is not finite do not count, and :class:`CannotMove` is raised where none is left.
+A loss may be defined on one side of the outputs only (a probability of 1, a logarithm near 0). An h that leads to an
+error or to a number that is not finite is left out; where none is left, :class:`CannotMove` is raised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TINY = 1e-300
 
 
 class CannotMove(Exception):
-    """The loss cannot be evaluated around its outputs; says why. It never leaves this package."""
+    """The loss cannot be evaluated around its outputs; the message says why. Caught inside this package."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -35,14 +35,14 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def directions(subject: Subject, count: int) -> Tensor:
-    """(count, *shape), random, of length one a sample on average; always the same."""
+    """Random directions (count, *shape), always the same, on average of length 1 in each sample."""
     generator = torch.Generator().manual_seed(1)
     v = torch.randn(count, *subject.outputs.shape, generator=generator, dtype=torch.float64)
     return (v / math.sqrt(subject.layout.features)).to(subject.outputs)
 
 
 def gradient_error(subject: Subject, gradient: Tensor) -> float:
-    """The largest relative error of ``<g, v>`` over four directions; 0 where rounding of the loss explains it."""
+    """The largest relative error of ``<g, v>`` over four directions; 0 where the rounding of the loss explains it."""
     errors = []
     for v in directions(subject, 4):
         slope = float((gradient * v).sum())
@@ -70,7 +70,7 @@ def hessian_error(subject: Subject, products: Tensor) -> float:
 
 
 def is_flat(subject: Subject, gradient: Tensor) -> bool:
-    """Whether the gradient stays as it is along random directions: a loss that is piecewise linear."""
+    """Whether the gradient does not change along random directions, as that of a piecewise linear loss."""
     size = float(gradient.norm()) / max(float(subject.outputs.norm()), 1e-3)
     little = 1e-8 if subject.outputs.dtype == torch.float64 else 1e-3
     for v in directions(subject, 2):

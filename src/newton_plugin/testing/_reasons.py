@@ -1,4 +1,4 @@
-"""What torch says when it cannot differentiate a loss, in plain words, with what to do."""
+"""Torch's errors about losses that it cannot differentiate, in plain words, with a remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["first_line", "in_plain_words"]
 
 _FISHER = "or use curvature='fisher'"
 
-# The first pattern found in the message decides; {0} is what its group caught.
+# Pattern, words, remedy. The first pattern that matches the message decides; {0} is what its group matched.
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
         r"would mutate a captured Tensor",
@@ -85,7 +85,7 @@ def first_line(error: BaseException) -> str:
 
 
 def in_plain_words(error: BaseException) -> tuple[str, str]:
-    """Why, and what to do. An error that is not known is shown by class and first line, shortened."""
+    """The reason and a remedy. An unknown error is shown by its class and first line, shortened, without a remedy."""
     message = str(error)
     for pattern, words, remedy in _KNOWN:
         found = re.search(pattern, message)

@@ -1,4 +1,4 @@
-"""What :func:`newton_plugin.testing.check_loss` gives back."""
+"""The report that :func:`newton_plugin.testing.check_loss` returns."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Status = Literal["ok", "note", "fails", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         status: "ok"; "note", it works, and there is something to know; "fails"; "skipped", not looked at.
         verdict: in a word or two, for programs: "exact", "coupled", "indefinite", …
-        words: the same with what was measured, for people.
+        words: a sentence with what was measured, for people.
         remedy: what to do about it; empty where there is nothing to do.
-        cause: the first line of the exception behind a failure, as torch words it.
+        cause: the first line of the exception behind a failure, in torch's words.
         number: what was measured: an error, an eigenvalue, a ratio.
     """
 
@@ -33,16 +33,16 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """It works; there may be something to know."""
+        """Whether it works; there may be something to know."""
         return self.status in ("ok", "note")
 
 
 def skipped(why: str) -> Finding:
-    """Not looked at."""
+    """The finding of a check that was not made."""
     return Finding("skipped", "not looked at", why)
 
 
-_SAID = ("fails", "not looked at")  # by the status already
+_SAID = ("fails", "not looked at")  # verdicts that only repeat the status
 
 _TITLES = {
     "evaluation": "the loss itself",

@@ -1,4 +1,4 @@
-"""A loss under examination: evaluated at any outputs, in any dtype, from the same random state, leaving no trace."""
+"""The loss that is checked: evaluated at any outputs, in any dtype, from the same random state, leaving no trace."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Subject:
     """One loss at one batch of outputs.
 
     Gradients are those of the samples' own losses, ``g_i``: N times the gradient of a mean. A loss that is a module
-    (or a method of one) is copied, so that its buffers stay as they are; tensors are copied before each call, so
-    that a loss may work in place; the seed is set before each call and torch's random state put back.
+    (or a method of one) is copied, so that its buffers stay as they are. Tensors are copied before each call, so that a
+    loss may work in place. The seed is set before each call, and torch's random state is restored after it.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Subject:
         return Subject(loss_fn, self.outputs.to(dtype), args, kwargs, self.layout, self.reduction)
 
     def call(self, outputs: Tensor, seed: int = 0) -> Any:
-        """What the loss returns, whatever that is."""
+        """What the loss returns, of any type."""
         with self.seeded(seed):
             return self.loss_fn(outputs, *_fresh(self.args, None), **_fresh(self.kwargs, None))
 
     @contextmanager
     def seeded(self, seed: int = 0) -> Iterator[None]:
-        """torch's random state from ``seed``, and afterwards as before."""
+        """Inside, torch's random state is that of ``seed``; afterwards it is as before."""
         cuda = self.outputs.is_cuda
         with torch.random.fork_rng(devices=[self.outputs.device] if cuda else []):
             torch.default_generator.manual_seed(seed)
@@ -79,7 +79,7 @@ class Subject:
         return loss.sum()
 
     def differentiated(self, outputs: Tensor, seed: int = 0, twice: bool = False) -> tuple[Tensor, Tensor]:
-        """``(gradient, leaf)`` by autograd. The loss is given no leaf, as in training."""
+        """``(gradient, leaf)`` by autograd. The loss gets a copy of the leaf: in training, too, outputs are no leaf."""
         leaf = outputs.detach().clone().requires_grad_()
         with torch.enable_grad():
             total = self.total(leaf.clone(), seed)
@@ -104,11 +104,11 @@ class Subject:
 
         try:
             return run(probes, True)
-        except RuntimeError:  # an operation that cannot be batched: one at a time, or the error that matters
+        except RuntimeError:  # an operation cannot be batched: one probe at a time works, or raises the real error
             return torch.stack([run(probe, False) for probe in probes])
 
     def blocks(self) -> Tensor:
-        """(N, m, m), the samples' own Hessians, by m probes shared by the batch (see ``newton_plugin._derivatives``)."""
+        """(N, m, m), the samples' own Hessians: probe k is the k-th unit vector in every sample."""
         basis = torch.eye(self.layout.features).to(self.outputs)
         probes = basis.unsqueeze(1).expand(-1, self.layout.rows, -1)
         products = self.layout.to_rows(self.hessian_products(self.layout.from_rows(probes)))
@@ -122,7 +122,7 @@ def _own_copy(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
             return copy.deepcopy(loss_fn)
         if isinstance(owner, nn.Module):
             return loss_fn.__func__.__get__(copy.deepcopy(owner))  # type: ignore[attr-defined]
-    except Exception:  # a module that holds a part of a graph, say: it is used as it is
+    except Exception:  # it cannot be copied, as it holds a part of a graph, say: it is used as it is
         return loss_fn
     return loss_fn
 

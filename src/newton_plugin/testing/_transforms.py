@@ -1,4 +1,4 @@
-"""What ``torch.func`` makes of a loss. The plugin does not need it; whoever composes transforms does."""
+"""Whether ``torch.func`` can differentiate a loss. The package does not use it; a user who composes transforms does."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from newton_plugin.testing._reasons import first_line, in_plain_words
 from newton_plugin.testing._report import Finding, skipped
 from newton_plugin.testing._subject import Subject
 
-__all__ = ["MOST_OUTPUTS", "by_func_gradient", "by_func_hessian", "by_func_per_sample"]
+__all__ = ["by_func_gradient", "by_func_hessian", "by_func_per_sample"]
 
-MOST_OUTPUTS = 1024  # of the whole batch: torch.func.hessian has the square of it
+_MOST_OUTPUTS = 1024  # numbers in the outputs of the batch: torch.func.hessian has the square of that
 
 
 def _failure(error: Exception) -> Finding:
@@ -50,7 +50,7 @@ def by_func_hessian(subject: Subject, products: Tensor | None, probes: Tensor, t
     with the products by double backward, or with differences where those are not ``trusted``.
     """
     size = subject.outputs.numel()
-    if size > MOST_OUTPUTS:
+    if size > _MOST_OUTPUTS:
         return skipped(f"{size} x {size} entries; pass a smaller batch to try it")
 
     def times(full: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ def _against_differences(subject: Subject, ours: Tensor, words: str) -> Finding:
 
 
 def by_func_per_sample(subject: Subject, blocks: Tensor | None) -> Finding:
-    """``vmap(hessian(loss of one sample))``, taking tensors of N entries to be the samples' own."""
+    """``vmap(hessian(loss of one sample))``; an argument of N entries is taken to hold one for each sample."""
     n, layout = subject.layout.rows, subject.layout
     if layout.shape[0] != n:
         return skipped("feature_dims makes several samples of one row")
-    if subject.outputs.numel() > MOST_OUTPUTS:
+    if subject.outputs.numel() > _MOST_OUTPUTS:
         return skipped(f"{subject.outputs.numel()} outputs; pass a smaller batch to try it")
     if any(isinstance(a, Tensor) for a in subject.kwargs.values()):
         return skipped("tensors are passed by keyword; pass them by position to try it")
