@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from newton_plugin._curvature.batch import Batch
 from newton_plugin._curvature.damping import Damping, damping_for
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.protocol import (
@@ -24,7 +26,7 @@ from newton_plugin._curvature.running_mean import RunningMean
 from newton_plugin._curvature.sizes import mean_is_formed, refuse_beyond
 from newton_plugin._errors import check_choice
 from newton_plugin._linalg.damped_inverse import push_through
-from newton_plugin._linalg.large_rows import are_large, combine, divide, gram, solve_rows, squared_norms, sum_over_rows
+from newton_plugin._linalg.large_rows import are_large, combine, divide, gram, solve_rows, sum_over_rows
 from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, count_eigenvalues, to_blocks
 from newton_plugin._linalg.sketch import sketch_of_rows
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
@@ -32,26 +34,24 @@ from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 __all__ = ["EmpiricalFisher", "batch_fisher"]
 
 
-def batch_fisher(gradient: Tensor, ranks: Ranks, groups: int, ndim: int) -> Tensor:
+def batch_fisher(batch: Batch, ndim: int) -> Tensor:
     """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
-    n, m = gradient.shape
+    rows, (n, m) = batch.gradient, batch.gradient.shape
     if ndim == 0:
-        return ranks.mean(squared_norms(gradient).sum(), n * m)
-    if ndim == 1:
-        return ranks.mean(sum_over_rows(gradient, lambda g: g.square().sum(0)), n)
-    if ndim == 2:
-        return ranks.mean(sum_over_rows(gradient, lambda g: g.mT @ g), n)
-
-    def by_groups(g: Tensor) -> Tensor:
-        rows = to_blocks(g, groups)
-        return rows.mT @ rows
-
-    return ranks.mean(sum_over_rows(gradient, by_groups, groups), n // groups)
+        return batch.ranks.mean(batch.squared_norms().sum(), n * m)
+    if ndim == 3:
+        total = sum_over_rows(rows, lambda part: _products(to_blocks(part, batch.groups)), batch.groups)
+        return batch.in_units(batch.ranks.mean(total, n // batch.groups))
+    total = sum_over_rows(rows, _products if ndim == 2 else _squares)
+    return batch.in_units(batch.ranks.mean(total, n))
 
 
-def in_units(squares: Tensor, unit: Tensor | None) -> Tensor:
-    """Sums of squares of gradients, from those of rows ``w g`` and ``unit = w^2`` (None: 1)."""
-    return squares if unit is None else squares / unit
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum(0)
+
+
+def _products(rows: Tensor) -> Tensor:
+    return rows.mT @ rows
 
 
 class EmpiricalFisher(Curvature):
@@ -99,68 +99,63 @@ class EmpiricalFisher(Curvature):
         weight: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
-        # A step is linear in the rows, so only the sums of squares have to know their weight.
-        unit = None if weight is None else weight.square()
-        if self.structure == "per_sample":
-            return self._per_sample(gradient, damping, ranks, unit)
-        if self.structure == "isotropic":
-            return self._isotropic(gradient, damping, ranks, unit)
         n, m = gradient.shape
         groups = groups if self.structure == "block" else 1
         check_groups(n, groups)
+        # A step is linear in the rows, so only the sums of squares have to know their weight.
+        batch = Batch(gradient, damping, ranks, groups, None if weight is None else weight.square())
+        if self.structure == "per_sample":
+            return self._per_sample(batch)
+        if self.structure == "isotropic":
+            return self._isotropic(batch)
         refreshed = not self._kept.serves(m, groups)
         if refreshed:
-            matrix = self.structure in ("mean", "block")
-            if matrix and groups == 1 and not mean_is_formed(n, m, damping, ranks):
-                return self._push_through(gradient, damping, ranks, unit)
-            self._refresh(gradient, damping, ranks, unit, groups)
-        return self._from_kept(gradient, damping, refreshed, unit, groups)
+            one_matrix = self.structure == "mean" or (self.structure == "block" and groups == 1)
+            if one_matrix and not mean_is_formed(n, m, damping, ranks):
+                return self._push_through(batch)
+            self._refresh(batch)
+        return self._from_kept(batch, refreshed)
 
-    def _refresh(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None, groups: int) -> None:
+    def _refresh(self, batch: Batch) -> None:
         """Form C, average it, and keep it with its damping."""
-        m = gradient.shape[1]
+        m, groups = batch.gradient.shape[1], batch.groups
         if groups > 1:
             asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
             refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
-        average = damping.averaging
         ndim = 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
-        c = in_units(batch_fisher(gradient, ranks, groups, ndim), unit)
-        c = self._mean.update(c, average.decay, average.growth)
+        c = batch.averaged(self._mean, batch_fisher(batch, ndim))
         matrix = (Diagonal if ndim == 1 else Dense)(c, definite=True)
         norm = self._mean.norm  # the next step's bound on growth needs it too
-        scale = (lambda: norm() / count_eigenvalues(c) ** 0.5) if average.decay else matrix.scale
-        d = damping_for(damping, scale, gradient, finite=average.decay > 0)
+        scale = (lambda: norm() / count_eigenvalues(c) ** 0.5) if batch.averages else matrix.scale
+        d = damping_for(batch.damping, scale, batch.gradient, finite=batch.averages)
         self._kept.put(matrix, d, self._mean.finite, m, groups)
 
-    def _from_kept(
-        self, gradient: Tensor, damping: Damping, refreshed: bool, unit: Tensor | None, groups: int = 1
-    ) -> CurvatureStep:
-        inverse, matrix, d = self._kept.use(gradient.device)
-        own = self._own(gradient, damping)
-        if refreshed and not own and not are_large(gradient):
-            step = witness = inverse(gradient)  # C covers the gradients: only the steps are left to check
+    def _from_kept(self, batch: Batch, refreshed: bool) -> CurvatureStep:
+        inverse, matrix, d = self._kept.use(batch.gradient.device)
+        own = batch.own if self.power == 1 else 0.0
+        if refreshed and not own and not are_large(batch.gradient):
+            step = witness = inverse(batch.gradient)  # C covers the gradients: only the steps are left to check
         else:
-            step, witness = solve_rows(inverse, gradient, own, unit, groups)
+            step, witness = solve_rows(inverse, batch.gradient, own, batch.unit, batch.groups)
         # A kept C was agreed at an earlier step; the gradients of this batch have not been compared across ranks.
         finiteness = Finiteness(self._kept.finite, agreed=refreshed, witness=witness)
         return CurvatureStep(step, d, matrix.matrix, matrix.extremes, finiteness=finiteness)
 
-    def _isotropic(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+    def _isotropic(self, batch: Batch) -> CurvatureStep:
         # (c I + own g g' + d I)^-1 g = g / (c + d + own |g|^2), so the |g_i|^2 are all that is needed.
+        gradient, damping, kept = batch.gradient, batch.damping, self._kept
         n, m = gradient.shape
-        squared = in_units(squared_norms(gradient), unit)
+        squared = batch.squared_norms()
         total = squared.sum()
-        kept = self._kept
         refreshed = not kept.serves(m, 1)
         if refreshed:
-            average = damping.averaging
-            c = self._mean.update(ranks.mean(total, n * m), average.decay, average.growth)
-            d = damping_for(damping, lambda: c, gradient, finite=average.decay > 0)
+            c = batch.averaged(self._mean, batch.ranks.mean(total, n * m))
+            d = damping_for(damping, lambda: c, gradient, finite=batch.averages)
             kept.put(Isotropic(c), d, self._mean.finite, m)
         matrix, d = kept.use_matrix(gradient.device)
         assert isinstance(matrix, Isotropic)
         shifted = matrix.value + d if self.power == 1 else (matrix.value + d).sqrt()
-        own = self._own(gradient, damping)
+        own = batch.own if self.power == 1 else 0.0
         # The own term keeps a step finite where its gradient is. But a kept C was agreed at an earlier step: it says
         # nothing about the gradients of this batch.
         bounded = refreshed and own > 0 and damping.bounded
@@ -173,53 +168,48 @@ class EmpiricalFisher(Curvature):
             finiteness=Finiteness(kept.finite, refreshed, witness, bounded),
         )
 
-    def _own(self, gradient: Tensor, damping: Damping) -> float:
-        """The weight of a sample's own ``g g'`` beside C."""
-        return damping.averaging.own / gradient.shape[1] if self.power == 1 and gradient.shape[1] else 0.0
-
-    def _per_sample(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+    def _per_sample(self, batch: Batch) -> CurvatureStep:
         # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
-        squared = in_units(squared_norms(gradient), unit)
-        d = damping.value(self._running_size(squared, gradient, damping, ranks)[0])
+        squared, bounded = batch.squared_norms(), batch.damping.bounded
+        d = batch.damping.value(self._running_size(batch, squared)[0])
         by = squared + d if self.power == 1 else (squared + d).sqrt()
-        witness = None if damping.bounded else squared / by
-        rank_deficient = gradient.shape[1] > 1
+        rank_deficient = batch.gradient.shape[1] > 1
         return CurvatureStep(
-            divide(gradient, by),
+            divide(batch.gradient, by),
             d,
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
-            finiteness=Finiteness(self._mean.finite, True, witness, damping.bounded),
+            finiteness=Finiteness(self._mean.finite, True, None if bounded else squared / by, bounded),
             sizes=lambda: (squared.sum(), (squared / by / by).sum()),
         )
 
-    def _running_size(self, squared: Tensor, gradient: Tensor, damping: Damping, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def _running_size(self, batch: Batch, squared: Tensor) -> tuple[Tensor, Tensor]:
         """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
-        n, m = gradient.shape
-        own = ranks.mean(squared.sum(), n * max(1, m))
-        average = damping.averaging
-        return self._mean.update(own, average.decay, average.growth), own
+        n, m = batch.gradient.shape
+        own = batch.ranks.mean(squared.sum(), n * max(1, m))
+        return batch.averaged(self._mean, own), own
 
-    def _push_through(self, gradient: Tensor, damping: Damping, ranks: Ranks, unit: Tensor | None) -> CurvatureStep:
+    def _push_through(self, batch: Batch) -> CurvatureStep:
         # An m x m running mean would cost more than the rest of the step. The batch's C is rescaled to the running
         # size instead.
-        rows, own = ranks.rows(gradient)
+        rows, own = batch.ranks.rows(batch.gradient)
         n, m = rows.shape
-        products = in_units(gram(rows), unit)
+        products = batch.in_units(gram(rows))
         # Every rank has the rows of all ranks, so the mean needs no further collective.
-        size, own_size = self._running_size(products.diagonal(), rows, damping, ONE_PROCESS)
+        size, own_size = self._running_size(replace(batch, gradient=rows, ranks=ONE_PROCESS), products.diagonal())
         weight = torch.where(own_size > 0, size / own_size, 1.0) / n
-        assert self._mean.finite is not None
-        c = torch.where(self._mean.finite, products, 0.0) * weight
+        finite = self._mean.finite
+        assert finite is not None
+        c = torch.where(finite, products, 0.0) * weight
         # G'G and GG' share their eigenvalues.
-        d = damping_for(damping, lambda: torch.linalg.matrix_norm(c) / m**0.5, gradient)
+        d = damping_for(batch.damping, lambda: torch.linalg.matrix_norm(c) / m**0.5, rows)
         if self.refresh_every > 1:
             # C = weight / unit * rows' rows, by its own factorisation.
-            self._kept.put(sketch_of_rows(rows.to(c.dtype), c, in_units(weight, unit)), d, self._mean.finite, m)
-            return self._from_kept(gradient, damping, True, unit)
+            self._kept.put(sketch_of_rows(rows.to(c.dtype), c, batch.in_units(weight)), d, finite, m)
+            return self._from_kept(batch, True)
         solved = push_through(c, d, self.power)[own]
         inner = (solved * products[own]).sum(-1, keepdim=True)
-        share = self._own(gradient, damping)
+        share = batch.own if self.power == 1 else 0.0
         if share:
             solved = solved / torch.rsub(inner, 1.0, alpha=-share)
         return CurvatureStep(
@@ -227,7 +217,7 @@ class EmpiricalFisher(Curvature):
             d,
             None,
             lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(c).max()),
-            finiteness=Finiteness(self._mean.finite, agreed=True, witness=inner),
+            finiteness=Finiteness(finite, agreed=True, witness=inner),
             sizes=lambda: (products.diagonal()[own].sum(), ((solved @ products) * solved).sum()),
         )
 

@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from newton_plugin._curvature.batch import Batch
 from newton_plugin._curvature.damping import Damping, damping_for
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.fisher import EmpiricalFisher
@@ -139,10 +140,10 @@ class Hessian(Curvature):
         if worst == Knowledge.NOTHING or hessians is None:
             reason = found.reason or "there is none on another rank"
             return self._fall_back(gradient, damping, reason, ranks, groups)
+        batch = Batch(gradient, damping, ranks, groups)
         if self.structure == "per_sample":
-            krylov, mean = self.krylov, self._mean
-            return per_sample_step(hessians, found.summed, gradient, damping, self.power, krylov, mean, ranks)
-        c = mean_hessian(self.structure, worst, hessians, found.summed, gradient, damping, self._mean, ranks, groups)
+            return per_sample_step(hessians, found.summed, batch, self.power, self.krylov, self._mean)
+        c = mean_hessian(self.structure, worst, hessians, found.summed, batch, self._mean)
         if c.matrix is None:
             result = self._fisher.step(gradient, None, damping, ranks)
             result.zero_hessian = c.zero

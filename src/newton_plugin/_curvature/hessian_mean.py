@@ -18,7 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.batch import Batch
 from newton_plugin._curvature.fisher import batch_fisher
 from newton_plugin._curvature.protocol import Structure
 from newton_plugin._curvature.running_mean import RunningMean
@@ -35,7 +35,6 @@ from newton_plugin._linalg.diagonal_low_rank import DiagonalLowRank
 from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
 from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, SymmetricMatrix
 from newton_plugin._linalg.sketch import probes_for, sketch
-from newton_plugin._runtime.processes import Ranks
 
 __all__ = ["Knowledge", "MeanHessian", "mean_hessian", "summed_hessians"]
 
@@ -107,11 +106,8 @@ def mean_hessian(
     worst: Knowledge,
     hessians: SampleHessians,
     summed: Tensor | None,
-    gradient: Tensor,
-    damping: Damping,
+    batch: Batch,
     mean: RunningMean,
-    ranks: Ranks,
-    groups: int,
 ) -> MeanHessian:
     """C of this batch in its running mean, as cheaply as all ranks can have it.
 
@@ -120,68 +116,55 @@ def mean_hessian(
         worst: what the rank that knows least knows.
         hessians: of the samples of this process.
         summed: what :func:`summed_hessians` gave, if it has been computed.
-        gradient: (N, m).
-        damping: decides how C is averaged.
+        batch: the gradients.
         mean: the running mean.
-        ranks: the processes that share the batch.
-        groups: blocks of C.
     """
+    gradient = batch.gradient
     n, m = gradient.shape
     if structure == "mean":
         rank_one = hessians.diagonal_rank_one
-        if worst == Knowledge.RANK_ONE and not mean_is_formed(n, m, damping, ranks):
+        if worst == Knowledge.RANK_ONE and not mean_is_formed(n, m, batch.damping, batch.ranks):
             assert rank_one is not None
-            return _low_rank(rank_one, gradient, damping, mean, ranks)
+            return _low_rank(rank_one, batch, mean)
         if worst == Knowledge.DIAGONAL and m > DENSE_FEATURES:
-            return _averaged(hessians.diagonal_sum(gradient), Diagonal, gradient, damping, mean, ranks, 1)
+            return _averaged(hessians.diagonal_sum(gradient), Diagonal, batch, mean)
         if m > {Knowledge.BLOCKS: FORMED_FROM_BLOCKS, Knowledge.PRODUCTS: FORMED_FROM_PRODUCTS}.get(worst, m):
-            return _sketched(hessians, summed, gradient, damping, mean, ranks)
+            return _sketched(hessians, summed, batch, mean)
     if summed is None:
-        summed = summed_hessians(structure, hessians, gradient, groups)
+        summed = summed_hessians(structure, hessians, gradient, batch.groups)
     kind = {"isotropic": Isotropic, "diagonal": Diagonal}.get(structure, Dense)
-    return _averaged(summed, kind, gradient, damping, mean, ranks, groups)
+    return _averaged(summed, kind, batch, mean)
 
 
-def _averaged(
-    summed: Tensor, kind: type, gradient: Tensor, damping: Damping, mean: RunningMean, ranks: Ranks, groups: int
-) -> MeanHessian:
+def _averaged(summed: Tensor, kind: type, batch: Batch, mean: RunningMean) -> MeanHessian:
     """The running mean of the batches' means. A zero Hessian is replaced by the batch's Fisher."""
-    c = ranks.mean(summed, gradient.shape[0] // groups)
+    n, m = batch.gradient.shape
+    c = batch.ranks.mean(summed, n // batch.groups)
     zero = (c == 0).all()
     # One process with a small C forms the Fisher in any case and does not wait for the device. Several ranks wait and
     # look first: the Fisher is another all-reduce. So do large C, whose Fisher is work.
-    look = ranks.many or (c.ndim > 1 and gradient.shape[1] > DENSE_FEATURES)
+    look = batch.ranks.many or (c.ndim > 1 and m > DENSE_FEATURES)
     if not (look and not bool(zero)):
-        c = torch.where(zero, batch_fisher(gradient, ranks, groups, c.ndim), c)
-    average = damping.averaging
-    return MeanHessian(kind(mean.update(c, average.decay, average.growth)), mean.finite, zero)
+        c = torch.where(zero, batch_fisher(batch, c.ndim), c)
+    return MeanHessian(kind(batch.averaged(mean, c)), mean.finite, zero)
 
 
-def _sketched(
-    hessians: SampleHessians,
-    summed: Tensor | None,
-    gradient: Tensor,
-    damping: Damping,
-    mean: RunningMean,
-    ranks: Ranks,
-) -> MeanHessian:
+def _sketched(hessians: SampleHessians, summed: Tensor | None, batch: Batch, mean: RunningMean) -> MeanHessian:
     """The sketch of the running mean of C, which is the running mean of W C."""
-    probes = probes_for(gradient)
-    products = ranks.mean(hessians.probe_sum(gradient, probes) if summed is None else summed, gradient.shape[0])
+    probes = probes_for(batch.gradient)
+    summed = hessians.probe_sum(batch.gradient, probes) if summed is None else summed
+    products = batch.ranks.mean(summed, batch.gradient.shape[0])
     zero = (products == 0).all()
     if bool(zero):
         return MeanHessian(None, None, zero)
-    average = damping.averaging
-    products = mean.update(products, average.decay, average.growth)
-    return MeanHessian(sketch(probes, products), mean.finite, zero)
+    return MeanHessian(sketch(probes, batch.averaged(mean, products)), mean.finite, zero)
 
 
-def _low_rank(
-    rank_one: DiagonalRankOne, gradient: Tensor, damping: Damping, mean: RunningMean, ranks: Ranks
-) -> MeanHessian:
+def _low_rank(rank_one: DiagonalRankOne, batch: Batch, mean: RunningMean) -> MeanHessian:
     """``diag(mean d) - P' W P``, rescaled to the running mean of its scale, as the Fisher of N x N numbers is."""
+    ranks = batch.ranks
     weight, vector = rank_one.second_term()
-    diagonal = ranks.mean(rank_one.diagonal.sum(0), gradient.shape[0])
+    diagonal = ranks.mean(rank_one.diagonal.sum(0), batch.gradient.shape[0])
     rows, _ = ranks.rows(vector)
     weight = ranks.rows(weight.unsqueeze(-1))[0].squeeze(-1) if ranks.many else weight
     norms = weight.abs() * torch.linalg.vecdot(rows, rows)
@@ -189,11 +172,10 @@ def _low_rank(
     zero = (diagonal == 0).all() & (norms == 0).all()
     factor = diagonal.new_full((), -1.0)
     if bool(zero):  # the batch's Fisher takes its place
-        rows, weight, factor = ranks.rows(gradient)[0], torch.ones_like(weight), -factor
+        rows, weight, factor = ranks.rows(batch.gradient)[0], torch.ones_like(weight), -factor
     c = DiagonalLowRank(diagonal, rows, (weight / len(rows)).sqrt(), factor)
-    average = damping.averaging
-    if average.decay == 0:
+    if not batch.averages:
         return MeanHessian(c, finite, zero)
     own = c.scale()
-    ratio = torch.where(own > 0, mean.update(own, average.decay, average.growth) / own, 1.0)
+    ratio = torch.where(own > 0, batch.averaged(mean, own) / own, 1.0)
     return MeanHessian(DiagonalLowRank(diagonal * ratio, rows, c.roots, factor * ratio), finite, zero)

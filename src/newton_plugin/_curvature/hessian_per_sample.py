@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from newton_plugin._curvature.batch import Batch
 from newton_plugin._curvature.damping import Damping, damping_for
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.protocol import CurvatureStep
@@ -20,7 +21,6 @@ from newton_plugin._linalg.damped_inverse import (
 from newton_plugin._linalg.krylov import KrylovOptions, lockstep_power
 from newton_plugin._linalg.matrices import Dense
 from newton_plugin._linalg.sketch import random_signs
-from newton_plugin._runtime.processes import Ranks
 
 __all__ = ["per_sample_step", "probe_samples"]
 
@@ -40,25 +40,23 @@ def probe_samples(hessians: SampleHessians, gradient: Tensor, damping: Damping) 
 def per_sample_step(
     hessians: SampleHessians,
     probed: Tensor | None,
-    gradient: Tensor,
-    damping: Damping,
+    batch: Batch,
     power: float,
     krylov: KrylovOptions,
     mean: RunningMean,
-    ranks: Ranks,
 ) -> CurvatureStep:
     """``(H_i + d I)^-power g_i`` for every sample; ``g_i g_i'`` in place of Hessians that are all zero.
 
     Args:
         hessians: of the samples of this process.
         probed: what :func:`probe_samples` gave, if they are not known.
-        gradient: (N, m).
-        damping: relative to the running mean of the samples' mean scale ``||H_i||_F / sqrt(m)``.
+        batch: the gradients; its damping is relative to the running mean of the samples' mean scale
+            ``||H_i||_F / sqrt(m)``.
         power: 1 or 0.5.
         krylov: when to stop.
         mean: the running mean of the scale.
-        ranks: the processes that share the batch.
     """
+    gradient, damping, ranks = batch.gradient, batch.damping, batch.ranks
     n, m = gradient.shape
     rank_one = hessians.diagonal_rank_one if m > SHOWN_FEATURES else None
     if rank_one is not None:
@@ -77,8 +75,7 @@ def per_sample_step(
     if first is not None:  # H_i g_i, which is zero where g_i is, whatever H_i
         zero = zero & ~ranks.all((squared == 0).all())
     scales = torch.where(zero, squared / m**0.5, scales)
-    average = damping.averaging
-    d = damping_for(damping, lambda: mean.update(ranks.mean(scales.sum(), n), average.decay, average.growth), gradient)
+    d = damping_for(damping, lambda: batch.averaged(mean, ranks.mean(scales.sum(), n)), gradient)
     if dense is not None:
         return _formed(dense, gradient, d, power, zero, finite)
     # Where all Hessians are zero: Fisher, (g g' + d I)^-p g.
