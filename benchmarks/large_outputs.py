@@ -5,13 +5,14 @@
 
 N = 100 maps of m cells; the loss couples neighbouring cells and is no standard loss, so its Hessians come from
 products: ``l = sum_j log cosh(y_j - t_j) + 0.1 sum_j (y_j y_(j+1))^2 / (1 + y_j^2)``, indefinite. Cross-entropy over m
-classes is there for the diagonal-plus-rank-one way. Damping 0.1; everything in float64, so that errors mean something.
+classes measures Hessians that are a diagonal plus rank one. Damping 0.1; everything in float64, so that errors mean
+something.
 
 Peers, in the same process:
 * ``torch.func.hessian`` of each sample under vmap, and a dense repaired solve: the textbook;
 * curvlinops' ``HessianLinearOperator`` over the outputs as parameters and its ``CGInverseLinearOperator``, to the same
-  tolerance: the same per-sample systems where these are definite (its conjugate gradients know no repair). Left out if
-  it is not installed (``pip install curvlinops-for-pytorch``).
+  tolerance: the same per-sample systems where these are definite (its conjugate gradients do not repair others). Left
+  out if it is not installed (``pip install curvlinops-for-pytorch``).
 
 Memory is the peak of tensors alive that the step made, from a dispatch mode, in a run of its own. Error is against the
 dense repaired step, where that fits. A second table, :func:`errors`, is about the per-sample step alone: its error

@@ -10,7 +10,7 @@ backward to the outputs, without the network). Setup (the first three rounds) is
 no published package computes Newton Losses; :mod:`benchmarks.large_outputs` has those that compute parts of it.
 
 Where CUDA is available, times are those of CUDA events, and the results are overhead_cuda.json and overhead_cuda.md.
-Whether the host waits for the device is no matter of measuring: tests/cuda/test_waiting.py.
+Whether the host waits for the device is tested, not measured: tests/cuda/test_waiting.py.
 Results: benchmarks/results/overhead.json and overhead.md.
 """
 

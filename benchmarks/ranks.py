@@ -3,8 +3,8 @@
     python -m benchmarks.ranks            # several minutes; writes benchmarks/results/ranks.md and .json
 
 A step of torch's DistributedDataParallel (gloo, one thread a rank) with the hook at ``sync=True`` against the same with
-``sync=False``, interleaved in one process group; medians. gloo moves tensors within one machine here, so times say
-nothing of a cluster: the bytes do.
+``sync=False``, interleaved in one process group; medians. gloo moves tensors within one machine here, so the times do
+not carry over to a cluster; the bytes do.
 """
 
 from __future__ import annotations

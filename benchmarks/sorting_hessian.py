@@ -7,9 +7,9 @@ medians of the ratios of each round.
 
 First table, on scores alone. ``loss + gradient`` is what plain training pays, and the unit of the ratios. ``Newton
 step`` is ``newton_step(..., curvature="hessian")``: loss, gradient, all N Hessians, solve; with the Hessian that
-``RankingLoss`` writes down, and by double backward (the same loss called with a further leading dimension: of that it
-says nothing). The peer is torch.func: ``vmap(hessian)``, the N Hessians alone. Error: of the step's mean Hessian
-against ``vmap(hessian)`` in float64.
+``RankingLoss`` writes down, and by double backward (the same loss called with one more leading dimension, for
+which it writes none). The peer is torch.func: ``vmap(hessian)``, the N Hessians alone. Error: of the step's mean
+Hessian against ``vmap(hessian)`` in float64.
 
 Second table, whole training steps: network, loss, backward, Adam; plain, and with
 ``LossHook(curvature="hessian", damping=0.1)`` in both ways.

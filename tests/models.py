@@ -1,4 +1,4 @@
-"""Models as people write them, each with what the boundary should turn out to be. See :mod:`tests.cases`."""
+"""Models as people write them, each with the boundary that should be found. See :mod:`tests.cases`."""
 
 from __future__ import annotations
 

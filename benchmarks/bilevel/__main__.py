@@ -3,12 +3,12 @@
     python -m benchmarks.bilevel                          # everything
     python -m benchmarks.bilevel --only cost peers        # these parts; the others keep their rows
 
-One process, one thread. Methods get the same number of oracle calls: a gradient of either loss, or a product of a
-second derivative with a vector, is one; those of the warm start count. Settings (below) were looked for on seeds that
-are not reported: on the quadratic lr_upper and beta on grids of at least four by two, by a NumPy twin of the problem
-and the methods; on the cleaning task three or four values of lr_upper; on the AUC task three, on a fiftieth of the
-calls (StocBiO: four, on all of them). lr_upper decays linearly to zero. Times are medians over interleaved rounds,
-ratios medians of the per-round ratios. Writes results/bilevel.json and results/bilevel.md.
+One process, one thread. Methods get the same number of oracle calls. A call is a gradient of either loss, or a product
+of a second derivative with a vector; the calls of the warm start count. The settings below were searched on seeds that
+are not reported: on the quadratic, lr_upper and beta on grids of at least four by two, by a NumPy twin of the problem
+and the methods; on the cleaning task, three or four values of lr_upper; on the AUC task, three values with a fiftieth
+of the calls (StocBiO: four values with all calls). lr_upper decays linearly to zero. Times are medians over interleaved
+rounds, ratios medians of the per-round ratios. Writes results/bilevel.json and results/bilevel.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.bilevel.__main__ import peers as peers
+from benchmarks.bilevel import peers
 from benchmarks.bilevel.problems import Problem, auc, cleaning, quadratic
 from benchmarks.tables import markdown
 from torch import Tensor, nn
@@ -216,7 +216,7 @@ def compare_peers(rounds: int, iterations: int = 20) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bilevel", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*TASKS, "cost", "peers"], default=[*TASKS, "cost", "peers"])
     parser.add_argument(
         "--methods", nargs="+", choices=[*METHODS, BASELINE], help="of the tasks; the others keep theirs"

@@ -2,7 +2,7 @@
 
 TorchOpt is ``torchopt.diff.implicit.custom_root`` with its conjugate gradients. The fixed point is the iteration of
 Grazzi et al. (ICML 2020), the method of their package hypertorch: ``v <- v - s (H v - b)`` through a graph of
-``y - s grad_y G``. It is written here: the package of that name that pip finds is another one.
+``y - s grad_y G``. It is written here because the hypertorch that pip installs is another package.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Noisy lists under learned weights: a bilevel problem, trained one run at a time. Lines and tables are the others'.
+"""A bilevel problem: the weights of noisy ranking lists are learned while the network trains.
+
+Runs are trained one at a time, not as replicas; their lines and tables have the form of the other problems'.
 
     python -m benchmarks.evidence.bilevel_lists tune && python -m benchmarks.evidence.bilevel_lists report
 
 400 training lists of five digits, 30 % of them in a random order. The lower level trains the network on all of them,
 each with a weight of its own; the upper level moves the weights (MA-SOBA) so that the network ranks 100 clean lists
 well. An arm is what the lower level descends: the loss itself, or its Newton surrogate, whose target is made once a
-step. Beside it the same without an upper level, all weights being one: is a gain one of the weights, or of the step?
+step. Every arm is also trained without an upper level, all weights 1: that tells whether a gain comes from the weights
+or from the step.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 
 @dataclass(frozen=True)
 class BilevelLists:
-    """What the plan of the runs and the tables ask a problem for; it is no stack of replicas (:class:`Training`).
+    """The attributes of a problem that the plan of the runs and the tables read; :class:`Training` trains it.
 
     Attributes:
         weighted: whether there is an upper level.

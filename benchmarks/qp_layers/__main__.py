@@ -11,10 +11,10 @@ for the last call serves the next. Timed is what a training step pays, from the 
 conversion, factorisation and OSQP's setup included. Objects that a user builds once (a cvxpy problem, moreau's solver)
 are built outside and listed as ``build_ms``. Times are CPU times of the process: other work on the machine is not in
 them, though what it does to caches is. A ratio is the median over the rounds of peer / ours. Errors are relative,
-against the solution by construction and the gradients of a dense KKT solve (``qp_problems``).
+against the solution by construction and the gradients of a dense KKT solve (``problems.py``).
 
-``limit`` is one Cholesky factorisation of Q and one back-substitution: no program with constraints can be had for
-that. ``active set known`` is what is left when an oracle names the active rows: one factorisation of the KKT matrix
+``limit`` is one Cholesky factorisation of Q and one back-substitution: every program with constraints takes longer.
+``active set known`` is what is left when an oracle names the active rows: one factorisation of the KKT matrix
 (by its Schur complement), one solve forward, one backward, six gradients written.
 """
 
@@ -36,7 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from benchmarks.qp_layers.__main__ import peers, sparse
+from benchmarks.qp_layers import peers, sparse
 from benchmarks.qp_layers.problems import Problem, portfolio, random_qp, relative_error
 from benchmarks.tables import markdown
 from torch import Tensor
@@ -49,7 +49,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_
 PEERS = ("qpth", "proxsuite", "cvxpylayers", "moreau", "osqp", "daqp", "numba")
 KEY = ("case", "n", "batch", "active", "shared", "method")
 DOCS = Path(__file__).parents[2] / "docs" / "convex.md"
-MARKS = "<!-- table by benchmarks/qp_layers.py -->\n\n", "\n\n<!-- end of the table -->"
+MARKS = "<!-- table by python -m benchmarks.qp_layers -->\n\n", "\n\n<!-- end of the table -->"
 
 
 def by_autograd(layer: peers.Layer) -> Run:
@@ -230,7 +230,9 @@ def goals(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.qp_layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes only, some seconds")
     parser.add_argument("--only", nargs="+", choices=("random", "portfolio", "sparse"), help="these cases only")
     parser.add_argument("--sizes", nargs="+", type=int, help="these numbers of variables only")

@@ -130,7 +130,7 @@ def moreau(problem: SparseProblem) -> Callable:
 
 
 def recipe(eps: float, problem: SparseProblem) -> Callable:
-    """OSQP forward and OSQP backward, as in ``qp_peers``, on the stored values."""
+    """OSQP forward and OSQP backward, as in ``peers``, on the stored values."""
     from benchmarks.qp_layers.peers import osqp_solve
 
     Q, A, G = (problem.matrices[k] for k in "QAG")

@@ -6,7 +6,7 @@
 One process, one thread, methods interleaved round by round; a figure is the median of the rounds, and its ratio the
 median of the per-round ratios. "least" is the shortest round, the better guess where other work
 shares the machine. Setup (building graphs, copying) is inside the times; compiling is reported apart.
-Writes results/shortest_path.json and .md, or results/shortest_path_training.json and .md.
+Writes results/shortest_path.json and .md, or results/shortest_path_training.jsonl and .md.
 """
 
 from __future__ import annotations
@@ -204,7 +204,11 @@ def kept_bytes(loss: Callable[[Tensor], Tensor], costs: Tensor) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.shortest_path",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, short rounds: a look")
     parser.add_argument("--train", type=int, metavar="SEEDS", help="instead, train the example with every loss")
     parser.add_argument("--steps", type=int, default=300, help="of each training")

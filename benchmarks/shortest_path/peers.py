@@ -1,4 +1,4 @@
-"""What a user would pick without this package: solvers and losses on shortest paths, written as one would."""
+"""Solvers and losses on shortest paths that a user would pick without this package, written as a user would."""
 
 from __future__ import annotations
 

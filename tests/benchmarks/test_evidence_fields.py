@@ -1,4 +1,4 @@
-"""Fields of steps: what the arrows are."""
+"""Fields of steps: the arrows are the gradients and steps of the loss."""
 
 from __future__ import annotations
 

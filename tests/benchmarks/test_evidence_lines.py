@@ -1,4 +1,4 @@
-"""Lines: what is there is not repeated, whatever interrupted the run before."""
+"""Lines: a run that has its line is not repeated, wherever an earlier process was interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The candidates against what their formulas say, and the measurements of signal and noise against closed forms."""
+"""The candidates against their formulas, and the measurements of signal and noise against closed forms."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_one_exploded_batch_does_not_silence_the_next() -> None:
     assert exploded.norm() < 10 * before.norm()
     assert after.norm() > before.norm() / 10
     bad = torch.full_like(g[0], float("nan"))
-    assert not rule.step(bad, None, DAMPING).finite
+    assert not rule.step(bad, None, DAMPING).finiteness.curvature
     torch.testing.assert_close(rule.step(g[0], None, DAMPING).step.isfinite().all(), torch.tensor(True))
 
 

@@ -1,4 +1,4 @@
-"""Replicas: what is trained side by side is what it would have been alone, in an ordinary loop of PyTorch."""
+"""Replicas: networks trained side by side equal those trained alone, in an ordinary loop of PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeping the curvature for k steps: what the table makes of its rows, and one short training."""
+"""The benchmark of keeping C for k steps: its table from rows, and one short training."""
 
 from __future__ import annotations
 

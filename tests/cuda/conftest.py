@@ -1,4 +1,4 @@
-"""What others warn of on a device (deprecated names, cuBLAS without a context) is shown; ours are errors."""
+"""Warnings of other packages on a device (deprecated names, cuBLAS without a context) are shown; ours are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The device that this room runs on. Without one, importing it skips the file that does."""
+"""The device of these tests. Where there is none, a test file that imports this module is skipped."""
 
 from __future__ import annotations
 

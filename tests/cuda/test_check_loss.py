@@ -1,4 +1,4 @@
-"""``check_loss`` of outputs on the device finds what it finds on a CPU, and leaves the random states alone."""
+"""``check_loss`` of outputs on the device has the findings of a CPU, and does not change the random states."""
 
 from __future__ import annotations
 

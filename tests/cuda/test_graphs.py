@@ -1,7 +1,7 @@
-"""A whole training step, hook and optimizer in it, captured in a CUDA graph and replayed: the steps without one.
+"""A whole training step, hook and optimizer included, in a CUDA graph: its replays equal the steps without a graph.
 
-Capture forbids whatever waits for the device, and a replay repeats what the device did, not what Python did: the batch
-has to be copied into the tensors of the capture, and so does every running state have to stay in its place.
+Capture forbids whatever waits for the device. A replay repeats what the device did, not what Python did: each batch is
+copied into the tensors of the capture, and every running state has to keep its tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The host never waits for the device in a training step, except where a curvature says that it looks.
+"""The host never waits for the device in a training step, except where a curvature has to read a number back.
 
 ``tests/step/test_no_sync.py`` asks the same of the operations that a CPU sees; here CUDA itself is asked.
 """

@@ -1,4 +1,4 @@
-"""Runs every scenario on this rank, one after the other, and writes what became of each.
+"""Runs every scenario on this rank, one after the other, and writes the outcome of each.
 
 torchrun --standalone --nproc-per-node=2 -m tests.distributed.run_scenarios OUT [NAME ...]
 """

@@ -1,4 +1,4 @@
-"""One fault: how to provoke it, what the user sees, what stays."""
+"""``Fault``: how to provoke one fault, what the user sees, what stays as it was; and the words its rows share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.doors.each_door import DOORS, Batch, Loss
+from tests.faults.doors import DOORS, Batch, Loss
 from tests.faults.provocations import GOOD, Net, bce
 from torch import nn
 
@@ -17,9 +17,9 @@ class Seen:
 
     Attributes:
         error: the class that is raised, at the first step that shows the fault.
-        message: a part of its message, or of the one warning's.
-        warns: whether there is that warning.
-        fallbacks: how many the hook counts.
+        message: a part of the error's message, or of the warning's.
+        warns: whether there is one warning.
+        fallbacks: the count in ``diagnostics()``.
     """
 
     error: type[Exception] | None = None
@@ -28,27 +28,32 @@ class Seen:
     fallbacks: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A row of the table.
+    """A row of the table: a few training steps with one thing wrong, and what must come of them.
 
     Attributes:
         title: the fault.
         provoked: how the test brings it about, in a few words.
+        model: makes the model.
+        loss: of the model's outputs and the targets.
+        batches: one training step each. A bad batch between two good ones shows that the later step is unharmed.
+        options: of the door: ``damping``, ``curvature`` and the like.
+        doors: those through which the fault is provoked.
         sees: one for all doors, or one for each.
-        intact: names of what is asserted to be as it should; see ``tests.faults.promises``.
-        known_issues: by door, where the promise is not kept yet, and why.
+        intact: names of the promises that are tested, from ``promises.INTACT``.
+        known_issues: by door, where a promise is not kept yet, and why.
     """
 
     title: str
     provoked: str
-    sees: Seen | Mapping[str, Seen]
-    intact: tuple[str, ...]
+    model: Callable[[], nn.Module] = Net
     loss: Loss = bce
     batches: tuple[Batch, ...] = (GOOD,)
     options: Mapping[str, Any] = field(default_factory=dict)
-    model: Callable[[], nn.Module] = Net
     doors: tuple[str, ...] = DOORS
+    sees: Seen | Mapping[str, Seen]
+    intact: tuple[str, ...]
     known_issues: Mapping[str, str] = field(default_factory=dict)
 
     def seen(self, door: str) -> Seen:
@@ -57,7 +62,7 @@ class Fault:
 
 
 FISHER, HESSIAN = {"damping": 0.1}, {"curvature": "hessian", "damping": 0.1}
-NOTHING, KEPT = Seen(), Seen(fallbacks=1)
+NOTHING, ONE_FALLBACK = Seen(), Seen(fallbacks=1)
 LOOPS, HOOKED = ("newton_loss", "LossHook"), ("LossHook", "NewtonLosses")
 
 

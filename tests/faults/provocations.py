@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.doors.each_door import Batch
+from tests.faults.doors import Batch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 

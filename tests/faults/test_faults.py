@@ -9,12 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from tests.doors.each_door import run
+from tests.faults.doors import run
 from tests.faults.case import Fault
 from tests.faults.promises import INTACT, make
 from tests.faults.provocations import GOOD, Net
-from tests.faults.rows import FAULTS
-from tests.faults.table import BEGIN, END, PAGE, page
+from tests.faults.table import BEGIN, END, FAULTS, PAGE, page
 from tests.lightning.fits import Batches, plain_module, trainer
 from torch import Tensor
 

@@ -2,8 +2,8 @@
 
     python -I tests/packaging/installed.py [lightning] [transformers]
 
-``-I`` keeps the current folder off ``sys.path``. The words name what is installed beside torch; what is not has to be
-refused with a sentence that says what to install.
+``-I`` keeps the current folder off ``sys.path``. The arguments name the extras that are installed beside torch. What
+needs another extra must be refused with a sentence that says what to install.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user writes, for a type checker: each line that is wrong on purpose says so, and no other may be."""
+"""Code of a user, for a type checker. A line that is wrong on purpose says so; no other line may have an error."""
 
 import torch
 

@@ -1,1 +1,1 @@
-"""Images, lists, numbers, and what is made wrong in them."""
+"""The data: images of digits, lists and numbers written in them, and the noise that a loss draws."""

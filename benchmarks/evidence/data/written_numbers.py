@@ -1,4 +1,4 @@
-"""Numbers in images of real digits, drawn with replacement: for losses that ask for more than an order."""
+"""Numbers in images of real digits, drawn with replacement: for losses that use the numbers, not only their order."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is trained: one file for each kind of problem."""
+"""The problems: one file for each kind of loss; ``registry.py`` has all of them by name."""

@@ -1,12 +1,12 @@
-"""Decision-focused learning: forecasts that are trained on the quadratic program they are made for.
+"""Decision-focused learning: forecasts trained through the quadratic program that uses them.
 
 A perceptron reads a forecast from each asset's image (a two-digit number: its expected return), and a quadratic program
-turns forecasts f into a portfolio: maximise f'w - risk/2 w'Sw over w >= 0, sum w = 1. What training sees is what an
-investor sees, a realised return (the number and noise), and its loss is the regret of the decision. Where an asset is
-not held the gradient of its forecast is exactly zero, and for each set of held assets the loss is another quadratic.
+turns forecasts f into a portfolio: maximise f'w - risk/2 w'Sw over w >= 0, sum w = 1. Training sees what an
+investor sees, the realised return (the number plus noise). Its loss is the regret of the decision. An asset that is not
+held gets a gradient of exactly zero, and the loss is a different quadratic for each set of held assets.
 
-The weekly prices of ``examples/portfolio_data.py`` are no problem of this table: nothing in them could be learned
-(``results/portfolio.md``: equal weights are as good as every method), and so nothing to compare arms by.
+The weekly prices of ``examples/portfolio_data.py`` are not used here. Nothing in them could be learned
+(``results/portfolio.md``: equal weights are as good as every method), so they cannot tell arms apart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Beyond the paper: losses that it does not have and that people train on."""
+"""Losses that are widely used and that the paper does not have: NDCG, CTC, a quadratic program."""
 
 from __future__ import annotations
 

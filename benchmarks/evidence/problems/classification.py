@@ -1,4 +1,4 @@
-"""Plain classification of single digits: where nothing is to be gained, and nothing may be lost."""
+"""Plain classification of single digits: no gain is expected here, and no rule may do harm."""
 
 from __future__ import annotations
 

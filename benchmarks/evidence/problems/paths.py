@@ -1,4 +1,4 @@
-"""Shortest paths: what terrains cost, learned from the paths alone."""
+"""Shortest paths: the costs of terrains, learned from the paths alone."""
 
 from __future__ import annotations
 

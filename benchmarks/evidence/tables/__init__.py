@@ -1,1 +1,1 @@
-"""From lines of results to tables and pictures; a new table begins in write.py."""
+"""The tables and pictures, from lines of results alone; a new table begins in ``write.py``."""

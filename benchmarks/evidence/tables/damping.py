@@ -1,4 +1,4 @@
-"""The table and the figure of the damping, from their lines."""
+"""The table and the figure of the fixed dampings (``training/damping.py``)."""
 
 from __future__ import annotations
 

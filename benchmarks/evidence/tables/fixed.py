@@ -1,4 +1,4 @@
-"""The table of runs at the paper's own scale."""
+"""The table of the runs at the paper's own scale (``training/fixed.py``)."""
 
 from __future__ import annotations
 

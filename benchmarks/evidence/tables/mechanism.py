@@ -1,4 +1,4 @@
-"""The table of :mod:`benchmarks.evidence.training.mechanism`."""
+"""The table of signal and noise; :mod:`benchmarks.evidence.training.mechanism` measures them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def mechanism_table(path: Path, every: Mapping[str, Problem]) -> str:
     header = ["problem", "trained", "spread", "tail", "signal, large / small", "plain", *_RULES]
     text = (
         "Made by `python -m benchmarks.evidence tables` from evidence/mechanism.jsonl; what is measured, and how: "
-        "benchmarks/evidence/mechanism.py. One seed, plain training. *spread*: largest eigenvalue of C over the mean. "
-        "*tail*: share of the squared gradients that a tenth of the samples holds. *signal*: share of signal along "
-        "the eigenvectors with the largest and smallest third of the eigenvalues (1 where the loss does not sample). "
-        "*plain*: signal-to-noise of the parameters' gradient of a batch; the other columns are times that, at the "
-        "same weights (in brackets the ratio itself, where plain's is below .005)."
+        "benchmarks/evidence/training/mechanism.py. One seed, plain training. *spread*: largest eigenvalue of C over "
+        "the mean. *tail*: share of the squared gradients that a tenth of the samples holds. *signal*: share of signal "
+        "along the eigenvectors with the largest and smallest third of the eigenvalues (1 where the loss does not "
+        "sample). *plain*: signal-to-noise of the parameters' gradient of a batch; the other columns are times that, "
+        "at the same weights (in brackets the ratio itself, where plain's is below .005)."
     )
     return "\n\n".join(["# Why: signal and noise", text, lines(header, cells)]) + "\n"

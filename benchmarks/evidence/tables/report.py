@@ -1,4 +1,4 @@
-"""A table of the report: test data, report seeds, every arm at what tuning chose for it."""
+"""A table of the report: test data, report seeds, every arm with the configuration that tuning chose for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of the search for a rule: everybody who was tried, on every problem."""
+"""The table of the search for a rule: every arm and candidate that was tried, on every problem."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def search_table(done: Done, every: Mapping[str, Problem]) -> str:
         "# Search for a rule",
         "Made by `python -m benchmarks.evidence tables` from evidence/search.jsonl, by [the protocol](../PROTOCOL.md): "
         "validation data, search seeds, every arm at its best of three learning rates. Candidates are defined in "
-        "benchmarks/evidence/rules_of_*.py. No test data, and no claim: the report's tables decide.",
+        "benchmarks/evidence/rules/of_*.py. No test data, and no claim: the report's tables decide.",
         f"{len(done)} runs, {sum(not row['finite'] for row in done.values())} left the finite numbers, "
         f"{sum(row['kept'] > 0 for row in done.values())} had a batch whose step was not finite and that kept its "
         f"gradient. {_versions(done)}",

@@ -1,4 +1,10 @@
-"""Markdown from the lines, and from nothing else."""
+"""Write every table and figure of the evidence, from the lines of results and from nothing else.
+
+A new table of a kind that exists needs no code here: problems with another ``table`` name (``problems/registry.py``)
+get a file of lines and a report table of their own. A new kind of table is one file in this folder with a function
+``new_table(done, every) -> str`` that returns Markdown, and one block in :func:`write_tables` that reads its lines
+(``Lines(out / "new.jsonl").by_run()``), and writes ``<out>_new.md``. Its runs come from a file in ``training/``.
+"""
 
 from __future__ import annotations
 

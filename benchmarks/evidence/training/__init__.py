@@ -1,1 +1,1 @@
-"""Which trainings are run, and how one is run."""
+"""Training: which runs a table needs (``plan.py``), and how they are trained (``train.py``)."""

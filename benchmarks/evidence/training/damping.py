@@ -1,4 +1,4 @@
-"""Table 4 of the plan: what a fixed damping does to each curvature, over six powers of ten."""
+"""The runs of the table ``damping``: what a fixed damping does to each curvature, over six powers of ten."""
 
 from __future__ import annotations
 

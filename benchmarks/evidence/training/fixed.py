@@ -1,6 +1,7 @@
-"""The paper's own scale, where tuning is out of reach: a few report seeds at given learning rates, all of them shown.
+"""Runs at the paper's own scale, where tuning is out of reach: a few report seeds at given learning rates.
 
-Nothing is chosen here but the sharpness, which is what tuning chose for the baseline at the scale cpu.
+Every rate is shown in the table (``tables/fixed.py``). The sharpness is the one that tuning chose for the baseline at
+the scale cpu; nothing else is chosen.
 """
 
 from __future__ import annotations
@@ -13,10 +14,7 @@ from benchmarks.evidence.training import plan
 from benchmarks.evidence.training.arms import BASELINE
 from benchmarks.evidence.training.runs import REPORT_SEEDS, Run
 
-__all__ = [
-    "FIXED_ARMS",
-    "fixed_groups",
-]
+__all__ = ["FIXED_ARMS", "fixed_groups"]
 
 FIXED_ARMS = (
     BASELINE,
@@ -28,7 +26,7 @@ FIXED_ARMS = (
     "Fisher",
     "Hessian",
 )
-"""Those without a second number, which nobody has chosen at this scale."""
+"""Arms without a second number, because nobody has chosen one at this scale."""
 
 
 def fixed_groups(

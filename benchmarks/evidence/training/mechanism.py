@@ -1,15 +1,17 @@
 r"""Why a rule helps: what it does to the signal and the noise in the gradient of a batch.
 
-On a network trained in the plain way up to some step, over K batches of one size, with g_i the gradient at the outputs:
+Measured on a network after some steps of plain training, over K batches of one size, with g_i the gradient at the
+outputs:
 
 * **directions**: C = mean g g', its eigenvalues l_1 >= ... >= l_m and eigenvectors. ``spread`` is l_1 over the mean
   eigenvalue (1: C is a multiple of the identity, and no direction can matter).
 * **noise of a loss that samples**: two independent draws g, g' of the same sample share the signal, so along
   eigenvector u the share of signal is ``E (u'g)(u'g') / E (u'g)^2``. Whitening divides by sqrt(l) or l: if the small l
-  have no signal, it turns noise up. Given for the third of the directions with the largest and the smallest l.
+  have no signal, it amplifies noise. The share is given for the third of the directions with the largest l, and for
+  the third with the smallest.
 * **samples**: ``tail``, the share of sum |g_i|^2 that a tenth of the samples holds.
 * **batches**: signal-to-noise of the parameters' gradient, ``|G|^2 / mean |G_k - G|^2`` for the K batches and their
-  mean G, when a rule makes the steps. Relative to plain: what one batch is worth.
+  mean G, when a rule makes the steps. Its ratio to that of plain training is what one batch is worth.
 """
 
 from __future__ import annotations

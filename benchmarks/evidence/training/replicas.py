@@ -1,7 +1,8 @@
-"""R networks with parameters of their own, trained side by side: what is small alone fills a core together.
+"""R small networks with parameters of their own, trained side by side in one batched network to fill a core.
 
-A replica is what it would be alone: no operation mixes two of them. Adam and SGD act on each number by itself, so the
-optimizer of the stacked parameters is that of each network, with a learning rate for each (tested against torch.optim).
+A replica trains as it would alone: no operation mixes two of them. Adam and SGD act on each number by itself. So one
+optimizer over the stacked parameters, with a learning rate for each network, equals R separate ones (tested against
+torch.optim).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run is one training; its line in a JSON-lines file is all that remains of it."""
+"""``Run``, one training, and ``Lines``, the JSON-lines file with the results of each run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step of each arm takes, by itself: runs are trained beside one another and beside other work."""
+"""The time of a training step of each arm, measured alone: the runs themselves share the machine with other work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train replicas of one problem and arm, and say what came of each."""
+"""Train the replicas of one problem and arm; return the scores of each."""
 
 from __future__ import annotations
 
