@@ -17,7 +17,7 @@ from torch import Tensor
 
 from newton_plugin import ArgumentError, ArgumentTypeError, NewtonPluginError, ShapeError
 from newton_plugin.algorithms import ShortestPath, shortest_path, shortest_path_graph
-from newton_plugin.algorithms._shortest_paths import grid_path
+from newton_plugin.algorithms._shortest_paths import backend as backends
 
 quick = settings(deadline=None, derandomize=True, max_examples=40)
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
@@ -167,7 +167,7 @@ def test_threads_split_the_batch_and_change_nothing(monkeypatch: pytest.MonkeyPa
 def test_without_numba_it_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = maps("terrains", 5, 6, 6)
     expected = shortest_path(costs)
-    monkeypatch.setattr(grid_path, "_HAS_NUMBA", False)
+    monkeypatch.setattr(backends, "_HAS_NUMBA", False)
     assert torch.equal(shortest_path(costs).path, expected.path)
     with pytest.raises(
         NewtonPluginError, match=r'needs numba, which is not installed: pip install "newton-plugin\[alg'

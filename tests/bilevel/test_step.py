@@ -286,7 +286,7 @@ def test_copies_know_their_settings(method: Any) -> None:
     optimizer.step(problem.upper, problem.lower)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         _assert_same_state(twin.state_dict(), optimizer.state_dict())
-        assert twin._system == optimizer._system
+        assert twin._options == optimizer._options
         twin.add_param_group({"params": [torch.ones(2, requires_grad=True)], "level": "lower"})
 
 

@@ -1,7 +1,7 @@
 """Differentiable algorithms whose losses are stable in float32 and twice differentiable.
 
 Sorting: a soft permutation matrix ``P`` (rows are ranks, smallest first) by NeuralSort, SoftSort or a sorting
-network, and what is made of it: ranking losses, soft ranks, top-k, NDCG, average precision.
+network, and from it ranking losses, soft ranks, top-k, NDCG, average precision.
 
 Paths: ``shortest_path`` and ``shortest_path_graph``, exact; ``relaxed_bellman_ford``, a soft path.
 

@@ -3,9 +3,9 @@
 Binary cross-entropy between a soft permutation matrix ``P`` and the true one needs ``log P`` and
 ``log(1 - P)``. Taken from ``P`` itself they are lost as soon as ``P`` rounds to 0 or 1, which in float32
 happens at a logit difference of 17: ``log1p(-P)`` is then infinite, or clipped to a constant with a gradient
-that has nothing to do with the loss. Taken from the logits they never are.
+that has nothing to do with the loss. Taken from the logits they are never lost.
 
-One row of logits ``z``, its largest entry ``z_1`` and its second largest ``z_2``. Everything is written
+In a row of logits ``z``, let ``z_1`` be the largest entry and ``z_2`` the second largest. Everything is written
 relative to these two, so that each exponential is at most 1 and each logarithm is a ``log1p`` of something
 positive::
 
@@ -16,10 +16,10 @@ positive::
     log(1 - P_1)  = log(rest) - log1p(rest)
     log(rest)     = (z_2 - z_1) + log1p(sum_k x_k)         never the logarithm of something rounded
 
-This is the log-sum-exp over the *other* entries of the row, at the price of one exponential per entry.
-The reference entries enter as structural constants (``x_1 = 0``, ``x_2 = 1``, ``z_1 - z_1 = 0``, by mask, not
-by subtraction), so the first and second derivatives are sums of terms of their own size too: a Hessian of
-1e-30 comes out as 1e-30 and not as the rounding error of 1 - 1.
+This is the log-sum-exp over the *other* entries of the row; it costs one exponential per entry. The two reference
+entries enter as constants (``x_1 = 0``, ``x_2 = 1``, ``z_1 - z_1 = 0``, set by a mask and not by subtraction). So
+no large terms cancel in the first and second derivatives either: a Hessian of 1e-30 comes out as 1e-30 and not as
+the rounding error of 1 - 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def log_zero(tensor: Tensor) -> float:
-    """The logarithm that stands for the probability 0: finite, and below every real one, in this dtype."""
+    """What stands for log 0 in this dtype: finite, and below the logarithm of every probability that occurs."""
     return -1e300 if tensor.dtype == torch.float64 else -1e30
 
 

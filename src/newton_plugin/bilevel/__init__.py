@@ -1,9 +1,9 @@
-"""Losses with a training loop inside: bilevel optimization.
+"""Bilevel optimization: losses that contain a training loop.
 
-The *lower* level trains y on a loss G(x, y) that depends on *upper* parameters x (the weight of every sample, the
-strength of a regulariser); the upper level chooses x so that the trained y does well on another loss F. The
-gradient of ``F(x, y*(x))`` in x is the hypergradient, an implicit derivative: :func:`hypergradient`. The optimizers
-interleave both levels: start with :class:`MASOBA`.
+The *lower* level trains y on a loss G(x, y), which also depends on *upper* parameters x: the weight of every sample,
+the strength of a regulariser. The upper level chooses x so that the trained y does well on another loss F. The
+gradient of ``F(x, y*(x))`` in x is an implicit derivative, the :func:`hypergradient`. The optimizers move both levels
+at every step; start with :class:`MASOBA`.
 """
 
 from newton_plugin.bilevel._errors import DoubleBackwardError, GradScalerError, NotConvergedError

@@ -1,10 +1,12 @@
-"""The errors that only bilevel optimization has."""
+"""The errors that only bilevel optimization raises, and the checks of its numbers."""
 
 from __future__ import annotations
 
-from newton_plugin._errors import NewtonPluginError
+from typing import Any
 
-__all__ = ["DoubleBackwardError", "GradScalerError", "NotConvergedError"]
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, NewtonPluginError
+
+__all__ = ["DoubleBackwardError", "GradScalerError", "NotConvergedError", "check_count", "check_fraction"]
 
 
 class NotConvergedError(NewtonPluginError, RuntimeError):
@@ -17,3 +19,21 @@ class DoubleBackwardError(NewtonPluginError, RuntimeError):
 
 class GradScalerError(NewtonPluginError, RuntimeError):
     """A GradScaler drives an optimizer that never calls backward."""
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return ``value``; raise unless it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(f"{name} must be a positive integer; got {value!r} of type {type(value).__name__}.")
+    if value < 1:
+        raise ArgumentError(f"{name} must be at least 1; got {value}.")
+    return value
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """Return ``value`` as a float; raise unless it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} must be a number in [0, 1]; got {value!r} of type {type(value).__name__}.")
+    if not 0 <= value <= 1:
+        raise ArgumentError(f"{name} must lie in [0, 1]; got {value!r}.")
+    return float(value)

@@ -1,4 +1,4 @@
-"""The parameters of the two levels: as given by the user, and as groups of one ``torch.optim.Optimizer``."""
+"""The parameters of the two levels: as the user gives them, and as groups of one ``torch.optim.Optimizer``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
 
-__all__ = ["check_count", "check_disjoint", "check_fraction", "level_groups", "tensors_of"]
+__all__ = ["check_disjoint", "level_groups", "tensors_of"]
 
 
 def tensors_of(name: str, params: Iterable[Tensor]) -> list[Tensor]:
@@ -65,21 +65,3 @@ def check_disjoint(upper: Sequence[Tensor], lower: Sequence[Tensor]) -> None:
             f"{len(shared)} tensor(s) are in upper_params and in lower_params. A parameter belongs to one level: "
             "the lower loss determines lower_params, upper_params are what is learned above it."
         )
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return ``value``; raise unless it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name} must be a positive integer; got {value!r} of type {type(value).__name__}.")
-    if value < 1:
-        raise ArgumentError(f"{name} must be at least 1; got {value}.")
-    return value
-
-
-def check_fraction(name: str, value: Any) -> float:
-    """Return ``value`` as a float; raise unless it is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number in [0, 1]; got {value!r} of type {type(value).__name__}.")
-    if not 0 <= value <= 1:
-        raise ArgumentError(f"{name} must lie in [0, 1]; got {value!r}.")
-    return float(value)

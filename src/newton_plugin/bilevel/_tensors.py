@@ -1,8 +1,9 @@
 # pyright: reportPrivateImportUsage=false
-"""A list of tensors as one vector: the few operations that the methods need, no copy into a flat one.
+"""A list of tensors as one vector: the operations that the methods need, without a copy into a flat tensor.
 
-All of them leave their arguments alone and run without waiting for the device. Coefficients are numbers, or
-tensors without dimensions, or (``axpy_each``, ``lerp``) one number for each tensor.
+None of them waits for the device. Only :func:`assign` and those whose name ends in an underscore change an argument.
+Coefficients are numbers or tensors without dimensions; :func:`axpy_each` and :func:`lerp` take one number for each
+tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Vector",
     "add",
     "assign",
     "axpy",
@@ -31,7 +33,7 @@ Vector = list[Tensor]
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
-    # Of tensors on several devices or in several dtypes: on the first one's device, at least float32.
+    # The parts may differ in device and dtype: they meet on the first one's device, in float32 at least.
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     return torch.stack([part.to(parts[0].device, dtype) for part in parts])
 

@@ -1,1 +1,1 @@
-"""Solvers that autograd cannot see through: smoothed, perturbed, with Fenchel-Young losses."""
+"""Functions that autograd cannot see through: smoothed, perturbed, and in Fenchel-Young losses, by noisy copies."""

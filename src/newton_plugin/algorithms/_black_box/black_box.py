@@ -1,12 +1,12 @@
 """A black box, evaluated at K noisy copies of every problem in one call.
 
-What every estimator of this family shares: draw the noise ``e`` (K, N, ...), form the points
-``u = y + sigma e`` (``y - sigma e`` below a minimiser), and hand all K*N of them to the user's function at once.
+Every estimator of this family does the same first: draw the noise ``e`` (K, N, ...), form the points
+``u = y + sigma e`` (``y - sigma e`` for a minimiser), and pass all K*N of them to the user's function at once.
 The function sees plain tensors, under ``no_grad``; it may leave torch for numpy, scipy or a C library.
 
-Drawing and evaluating are two autograd.Functions *without* derivative: that is how ``torch.func`` is told what to
-do with them. Under ``vmap`` the mapped copies become more problems of the same call; whether they share their
-noise is what ``randomness=`` says. Under ``grad``, ``jacrev`` and ``hessian`` there is one draw and one call.
+Drawing and evaluating are two autograd.Functions *without* derivative, because this is how a function tells
+``torch.func`` what to do. Under ``vmap`` the mapped copies become more problems of the same call; ``randomness=``
+decides whether they share their noise. Under ``grad``, ``jacrev`` and ``hessian`` there is one draw and one call.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from newton_plugin._errors import (
 )
 from newton_plugin.algorithms._black_box.noise import Noise, resolve_noise
 
-__all__ = ["BASELINES", "BlackBox", "check_problems", "features"]
+__all__ = ["BASELINE", "BASELINES", "BlackBox", "check_problems", "features"]
 
 BASELINES = ("leave_one_out", "value", "none")
+BASELINE = "leave_one_out"  # the default
 
 
 @dataclass(eq=False)
@@ -49,7 +50,7 @@ class BlackBox:
     sigma: float
     noise: Any = "gaussian"
     antithetic: bool = False
-    baseline: str = "leave_one_out"
+    baseline: str = BASELINE
     generator: torch.Generator | None = None
     minimize: bool = False
     name: str = "fn"
@@ -86,7 +87,7 @@ class BlackBox:
 
     @property
     def sign(self) -> int:
-        """Of the noise: +1, or -1 below a minimiser."""
+        """The sign of the noise: +1, or -1 for a minimiser."""
         return -1 if self.minimize else 1
 
     def draw(self, y: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class BlackBox:
         return _Draw.apply(y, self)  # type: ignore[return-value]
 
     def points(self, y: Tensor, noise: Tensor) -> Tensor:
-        """Where to evaluate: (K, N, ...)."""
+        """The points at which fn is evaluated, (K, N, ...)."""
         return torch.add(y, noise, alpha=self.sign * self.sigma)
 
     def solve(self, points: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def check_problems(y: Any) -> Tensor:
 
 
 class _Constant(torch.autograd.Function):
-    """A function whose result does not change with its input, as far as differentiation can tell."""
+    """A function whose derivative is zero by definition."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

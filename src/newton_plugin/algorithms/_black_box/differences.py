@@ -2,23 +2,23 @@ r"""Derivatives of a perturbed solver by moving its input in the direction that 
 
 Let p(y) solve a linear problem: ``p(y) = argmax_p <y, p>`` (or argmin). Then ``p = grad_y max_p <y, p>``, and its
 smoothed version ``P(y) = E p(y + sigma e)`` is a gradient too, so the Jacobian J of P is *symmetric*. Backpropagation
-needs ``J^T w`` for the cotangent w that arrives from the loss; here that is ``J w``, the derivative of P in the
-direction w, and a central difference with common noise measures it, all m components at once::
+needs ``J^T w`` for the cotangent w that arrives from the loss. By symmetry that is ``J w``, the derivative of P in the
+direction w, and a central difference with common noise gives all its m components at once::
 
     J w  =  E [ p(y + h w + sigma e) - p(y - h w + sigma e) ] / 2h  +  O(h^2)
 
-(The score-function estimator, in contrast, learns one number ``<p - b, w>`` from each evaluation.)
+(The score-function estimator uses one number, ``<p - b, w>``, from each evaluation.)
 
 The derivative of *this* along v is a difference of differences, and so on. With directions w_1..w_n::
 
     D(w_1..w_n) = E sum_{signs} (prod_i sign_i) p(y + h sum_i sign_i w_i + sigma e) / (2h)^n
 
-is a symmetric multilinear form, up to O(h^2); its derivative by y contracted with v is ``D(w_1..w_n, v)``, and by w_i
-it is D with v in the place of w_i. So one autograd.Function, whose backward is itself with one more direction, has
-derivatives of every order.
+is symmetric and multilinear, up to O(h^2). Its derivative in y along v is ``D(w_1..w_n, v)``; its derivative in w_i
+along v is D with v in the place of w_i. So one autograd.Function, whose backward is itself with one more direction,
+has derivatives of every order.
 
-Directions are scaled to root-mean-square one per problem before they are multiplied by ``h = width * sigma``, and
-the result is scaled back: a loss's scale, or its division by the batch size, does not change the difference taken.
+In each problem, directions are scaled to root-mean-square one before they are multiplied by ``h = width * sigma``, and
+the result is scaled back. So the difference does not depend on the scale of the loss or the size of the batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def smoothed_by_differences(box: BlackBox, width: float, y: Tensor, noise: Tenso
         width: h in units of sigma.
         y: problems (N, ...).
         noise: (K, N, ...); the first K/2 are used again for the K/2 pairs of a difference.
-        value: (N, ...).
+        value: the mean of the samples, (N, ...).
     """
     return _Differences.apply(y, noise, value, box, width)  # type: ignore[return-value]
 
@@ -63,7 +63,7 @@ def differences(box: BlackBox, width: float, y: Tensor, noise: Tensor, direction
 
 
 def _root_mean_square(w: Tensor) -> Tensor:
-    """Of each problem, (N, 1, ..., 1)."""
+    """The root-mean-square of each problem, (N, 1, ..., 1)."""
     rows = features(w, 1)
     largest = rows.abs().amax(-1, keepdim=True)
     relative = rows / torch.where(largest > 0, largest, 1.0)  # squares neither overflow nor vanish
@@ -72,7 +72,7 @@ def _root_mean_square(w: Tensor) -> Tensor:
 
 
 class _Differences(torch.autograd.Function):
-    """``D(w_1..w_n)``; without directions, the value itself."""
+    """``D(w_1..w_n)``; the value itself if there are no directions."""
 
     @staticmethod
     def forward(y: Tensor, noise: Tensor, value: Tensor, box: BlackBox, width: float, *directions: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _Differences(torch.autograd.Function):
         copies = info.batch_size
 
         def fold(tensor: Tensor, dim: int | None, at: int) -> Tensor:
-            """The mapped copies as further problems; those that are not mapped, repeated."""
+            """The mapped copies as further problems; a tensor that is not mapped is repeated."""
             if dim is None:
                 tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], copies, *tensor.shape[at:])
             else:

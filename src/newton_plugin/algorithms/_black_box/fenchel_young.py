@@ -1,8 +1,8 @@
 r"""FenchelYoungLoss: learn the costs of an optimisation problem from observed solutions.
 
-Cross-entropy for arbitrary solvers. Let t be the solution that was observed and ``M(y) = E max_p <y + sigma e, p>``
-the smoothed maximum, whose gradient is the mean solution P(y) (the solver's answer is where the maximum is attained).
-The loss is convex in y and its gradient is the difference of two solutions::
+This is cross-entropy for arbitrary solvers. Let t be the solution that was observed, and let
+``M(y) = E max_p <y + sigma e, p>`` be the smoothed maximum. Its gradient is the mean solution P(y): the solver's answer
+attains the maximum. The loss is convex in y, and its gradient is the difference of two solutions::
 
     loss(y, t) = M(y) - <y, t>          g = P(y) - t          H = dP/dy
 
@@ -12,18 +12,18 @@ minimiser, ``m(y) = E min_p <y - sigma e, p>``, all signs turn::
     loss(y, t) = <y, t> - m(y)          g = t - P(y)          H = -dP/dy
 
 **The value** is reported as ``mean_k <y_k, p_k - t>`` (minimising: ``<y_k, t - p_k>``) over the noisy problems
-``y_k``: how much better the solver does than t, on average. Noise has mean zero, so that is the loss above in
-expectation; unlike the formula above it is never negative, even for one sample, and zero only if t is optimal in every
-noisy problem.
+``y_k``: how much better the solver does than t, on average. Noise has mean zero, so in expectation that is the loss
+above. Unlike the formula above it is never negative, even for one sample, and zero only if t is optimal in every noisy
+problem.
 
 **The Hessian** comes from the same samples. ``H = mean (p_k - b_k) e_k^T / sigma`` (for Gaussian noise; -1/sigma with
-``y + sigma e`` for a minimiser) is not symmetric as it stands, its limit is; so it is symmetrised. In code, with the
-differentiable mean solution P(y) of ``_perturbed`` and ``d = y - y0``, y0 the constant where we are::
+``y + sigma e`` for a minimiser) is symmetric in the limit but not for K samples, so it is symmetrised. In code, with
+the differentiable mean solution P(y) of ``perturbed.py``, the current y as a constant y0, and ``d = y - y0``::
 
     value + < (P(y) + P(y0)) / 2 - t, d >
 
 has at y = y0 the gradient ``P - t`` and the Hessian ``(J + J^T) / 2``, which a Newton step gets in closed form
-(``_score_hessian``).
+(``score_hessian.py``).
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice
 from newton_plugin._runtime.compiler import eager
-from newton_plugin.algorithms._black_box.black_box import BlackBox, check_problems, features
+from newton_plugin.algorithms._black_box.black_box import BASELINE, BlackBox, check_problems, features
 from newton_plugin.algorithms._black_box.perturbed import solve_perturbed
 from newton_plugin.algorithms._black_box.score_hessian import ScoreHessian, bring_hessian
-from newton_plugin.algorithms._black_box.smoothing import BASELINE, Smoother
+from newton_plugin.algorithms._black_box.smoothing import Smoother
 
 __all__ = ["FenchelYoungLoss"]
 
@@ -64,7 +64,7 @@ class FenchelYoungLoss(torch.nn.Module):
     targets inside the hull is left out, as it does not depend on y. (Of a solver with a regulariser, ``max <y, p> -
     Omega(p)``, the gradient and the Hessian are right and the value lacks the terms in Omega.)
 
-    Differentiate it once or twice, by ``backward`` or ``torch.func``; of third derivatives it knows nothing.
+    Differentiate it once or twice, by ``backward`` or ``torch.func``; third derivatives are not implemented.
 
     Raises:
         ArgumentError, ArgumentTypeError, NonFiniteError: see :class:`StochasticSmoothing`.

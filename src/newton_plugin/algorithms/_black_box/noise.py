@@ -1,7 +1,7 @@
-r"""Noise to smooth with: how to draw it, and how likely the same point is from a little further on.
+r"""Noise to smooth with: how to draw it, and its likelihood ratio when y moves.
 
 Smoothing turns any function into ``F(y) = E f(y + sigma e)``, ``e`` drawn from a density ``mu``. Written as an
-integral over the points ``u = y + sigma e`` at which f is evaluated, only the density depends on y::
+integral over the points ``u = y + sigma e`` at which f is evaluated, F depends on y through the density alone::
 
     F(y + d) = E f(u) mu(e - d / sigma) / mu(e)
 
@@ -16,10 +16,10 @@ gumbel       -z - exp(-z), z = e + g   1 - exp(-z)                    exp(-z)
 cauchy       -log(1 + e^2)             2 e / (1 + e^2)                2 (1 - e^2) / (1 + e^2)^2
 ===========  ========================  =============================  ==========================
 
-with independent coordinates, up to constants; g = 0.5772... is Euler's constant: Gumbel noise is *centred*, so
-that it has mean zero as the Gaussian has. (A shift of all coordinates changes no argmax over a simplex; it would
-change the path of a shortest path.) Each density gives the logarithm of its ratio, and automatic differentiation takes
-from it the weights of every order.
+with independent coordinates, up to constants. g = 0.5772... is Euler's constant: Gumbel noise is *centred*, so
+that it has mean zero like the Gaussian. (A shift of all coordinates does not change an argmax over a simplex, but it
+would change a shortest path.) Each density gives the logarithm of its ratio; automatic differentiation of it gives the
+weights of every order.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Noise(Protocol):
     """A density with independent coordinates.
 
     Attributes:
-        symmetric: whether e and -e are equally likely; antithetic pairs need it.
-        has_mean: whether the mean exists, and then it is zero.
+        symmetric: whether e and -e are equally likely, as antithetic pairs need.
+        has_mean: whether the mean exists; it must then be zero.
     """
 
     symmetric: bool
@@ -128,7 +128,7 @@ class Gumbel:
 
 
 class Cauchy:
-    """Standard Cauchy noise: tails so heavy that it has no mean; its score is bounded by one.
+    """Standard Cauchy noise: it has heavy tails and no mean; its score is bounded by one.
 
     >>> e, shift = torch.tensor([[[1.0]]]), torch.tensor([[1.0]])
     >>> round(Cauchy().log_ratio(e, shift).item(), 4)  # log 2
@@ -143,11 +143,11 @@ class Cauchy:
 
     def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """See :class:`Noise`."""
-        # Squares must fit into float32; of 10^18 samples one is beyond.
+        # Squares must fit into float32; about one of 10^18 samples is larger.
         return torch.empty_like(like).cauchy_(generator=generator).clamp_(-1e18, 1e18)
 
     def log_ratio(self, noise: Tensor, shift: Tensor) -> Tensor:
-        """``-log(1 + d (d - 2 e) / (1 + e^2))``: the difference of two logarithms, before it cancels."""
+        """``-log(1 + d (d - 2 e) / (1 + e^2))``: one logarithm, where the difference of two would cancel."""
         inverse = 1 / (1 + noise.square())
         return -torch.log1p(shift * (shift * inverse - 2 * noise * inverse)).sum(-1)
 

@@ -1,17 +1,17 @@
 r"""PerturbedOptimizer: the mean solution of a noisy optimisation problem.
 
 Many losses end in a solver of a linear problem over finitely many candidates, ``p(y) = argmax_p <y, p>``: the class
-of highest score is one (p one-hot), a shortest path, a matching, a ranking are others. Noise on y turns the jump
-between two solutions into a probability::
+of highest score (p one-hot), a shortest path, a matching, a ranking. Noise on y turns the jump between two solutions
+into a probability::
 
-    P(y) = E argmax_p <y + sigma e, p>          J = E p (grad log-density)^T, as in ``_smoothing``
+    P(y) = E argmax_p <y + sigma e, p>          J = E p (grad log-density)^T, as in ``smoothing.py``
 
 With Gumbel noise and one-hot p this is ``softmax(y / sigma)``, exactly. A minimiser, ``argmin_p <y, p>``, is the
 maximiser at -y, so its noise is subtracted, ``argmin_p <y - sigma e, p>``; with Gumbel noise that is
-``softmax(-y / sigma)``. For symmetric noise the sign makes no difference in law.
+``softmax(-y / sigma)``. For symmetric noise the sign does not change the distribution.
 
-P is the gradient of the smoothed maximum ``E max_p <y + sigma e, p>``, so its Jacobian is symmetric, and that allows
-better estimators than the paper's: the mean of J and its transpose, and the differences of ``_differences``.
+P is the gradient of the smoothed maximum ``E max_p <y + sigma e, p>``, so its Jacobian is symmetric. That allows
+better estimators than the paper's: the mean of J and its transpose, and the differences of ``differences.py``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from newton_plugin._errors import ShapeError
 from newton_plugin._runtime.compiler import eager
-from newton_plugin.algorithms._black_box.black_box import BlackBox, check_problems
-from newton_plugin.algorithms._black_box.smoothing import BASELINE, Smoothed, Smoother
+from newton_plugin.algorithms._black_box.black_box import BASELINE, BlackBox, check_problems
+from newton_plugin.algorithms._black_box.smoothing import Smoothed, Smoother
 
 __all__ = ["PerturbedOptimizer", "solve_perturbed"]
 
 
 class PerturbedOptimizer(torch.nn.Module):
-    r"""The mean solution under noise, differentiable as often as one likes.
+    r"""The mean solution under noise, differentiable any number of times.
 
     .. math:: P(y) = \mathbb{E} \arg\max_p \langle y + \sigma e, p\rangle
               \quad\text{or}\quad \mathbb{E} \arg\min_p \langle y - \sigma e, p\rangle
@@ -97,7 +97,7 @@ class PerturbedOptimizer(torch.nn.Module):
 
 
 def solve_perturbed(smoother: Smoother, y: Tensor) -> Smoothed:
-    """What ``smoother`` gives, after a look at the shape of the solutions."""
+    """The result of ``smoother``; raise unless the solutions have the shape of the problems."""
     smoothed = smoother(y)
     mean = smoothed.mean
     if mean.shape != y.shape:

@@ -1,4 +1,4 @@
-r"""The Hessian of a smoothed loss and of a Fenchel-Young loss, written down: what double backward gives, at once.
+r"""The Hessian of a smoothed loss and of a Fenchel-Young loss, in closed form: what double backward gives, at once.
 
 With the samples that the loss has drawn (s the score of the noise, s' its derivative, A the samples minus their
 baseline), for each problem::
@@ -6,9 +6,9 @@ baseline), for each problem::
     smoothed loss       H = mean_k A_k (s_k s_k' - diag(s'_k)) / sigma^2        A_k a number
     Fenchel-Young       H = sym mean_k A_k s_k' / sigma                         A_k a solution
 
-Both are a symmetrised sum of K outer products minus a diagonal: one matrix product over the samples gives all entries,
-O(N m^2) beside the O(K N m) of the samples themselves; its product with a vector takes O(K N m) and forms nothing. The
-m Hessian-vector products of double backward cost as many passes over the samples.
+Both are a symmetrised sum of K outer products, minus a diagonal. One matrix product over the samples gives all entries,
+in O(N m^2) memory beside the O(K N m) of the samples themselves. The Hessian's product with a vector takes O(K N m) and
+forms no matrix. The m Hessian-vector products of double backward cost as many passes over the samples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._derivatives.closed_forms import with_hessian
+from newton_plugin import with_hessian
 from newton_plugin.algorithms._black_box.black_box import BlackBox, features
 from newton_plugin.algorithms._log_domain import wide
 
@@ -26,14 +26,14 @@ __all__ = ["ScoreHessian", "bring_hessian"]
 
 
 class ScoreHessian:
-    """Of each problem, from the samples; nothing is computed before it is asked for.
+    """The Hessian of each problem from its samples, computed when it is called.
 
     Args:
         box: with a noise that knows the slope of its score.
         noise: (K, N, ...).
         advantages: A, (K, N, m) of a Fenchel-Young loss or (K, N, 1) of a smoothed one.
-        smoothed: which of the two.
-        weight: of each problem's loss in what is differentiated.
+        smoothed: whether it is the smoothed loss.
+        weight: of each problem's loss in the loss that is differentiated: 1/N for a mean.
     """
 
     def __init__(self, box: BlackBox, noise: Tensor, advantages: Tensor, smoothed: bool, weight: float = 1.0) -> None:
@@ -41,7 +41,7 @@ class ScoreHessian:
         self._smoothed, self._weight = smoothed, weight
 
     def _terms(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Two of (K, N, m) whose outer products are summed, and the diagonal (N, m) that is subtracted."""
+        """The two factors of the outer products, (K, N, m) each, and the diagonal (N, m) that is subtracted."""
         e = features(self._noise, 2)
         e = wide(e) if dtype is None else e.to(dtype)
         score: Tensor = self._box.density.score(e)
@@ -77,10 +77,10 @@ def _outer(left: Tensor, right: Tensor, vectors: Tensor) -> Tensor:
 
 
 def bring_hessian(loss: Tensor, y: Tensor, hessian: ScoreHessian, box: BlackBox) -> Tensor:
-    """``loss``, which from now on knows its Hessian in the problems y; as it is where that cannot be."""
+    """Attach the Hessian in the problems y to ``loss``, where that is possible, and return ``loss``."""
     if not (torch.is_grad_enabled() and y.requires_grad) or not hasattr(box.density, "slope"):
         return loss
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
     if functorch.peek_interpreter_stack() is not None:
-        return loss  # a transform of torch.func: its tensors do not live long enough, and it differentiates by itself
+        return loss  # inside a torch.func transform, which differentiates by itself and whose tensors do not outlive it
     return with_hessian(loss, y, hessian, products=hessian.products)

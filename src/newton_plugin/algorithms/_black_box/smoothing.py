@@ -1,19 +1,19 @@
 r"""StochasticSmoothing: derivatives for a function that has none.
 
-A shortest path, a ranking, a program in another language: piecewise constant or not differentiable at all. Its mean
-over noisy inputs, ``F(y) = E f(y + sigma e)``, is smooth, and the K evaluations that estimate F also estimate its
-derivatives. Written with the likelihood ratio r of ``_noise`` (d = y - y0, y0 the constant where we are)::
+A shortest path, a ranking, a program in another language are piecewise constant or not differentiable at all. But the
+mean over noisy inputs, ``F(y) = E f(y + sigma e)``, is smooth, and the K evaluations that estimate F also estimate its
+derivatives. Let y0 be the current y, as a constant, and r the likelihood ratio of ``noise.py`` at d = y - y0::
 
     F(y) = E f(u) r(y)          estimated by    mean_k p_k  +  mean_k (p_k - b_k) (r_k(y) - 1)
 
 where ``p_k = f(y0 + sigma e_k)`` and b is a baseline. At y = y0 every r is 1 and the second term is 0: the value is
-the plain mean. But r knows how it changes with y, so differentiating this expression once gives the score-function
-gradient, twice its Hessian (Gaussian noise)::
+the plain mean. But r is a function of y, so differentiating this expression once gives the score-function gradient,
+twice its Hessian (Gaussian noise)::
 
     g = mean (p - b) e / sigma          H = mean (p - b) (e e^T - I) / sigma^2
 
-and so on, all from the same K samples, all unbiased, by ordinary automatic differentiation. (For the estimation of
-stochastic computation graphs this is the "infinitely differentiable Monte Carlo estimator" of Foerster et al. 2018.)
+and so on, from the same K samples, unbiased, by ordinary automatic differentiation. (In stochastic computation graphs
+this is the "infinitely differentiable Monte Carlo estimator" of Foerster et al. 2018.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ShapeError, check_choice, check_positive
 from newton_plugin._runtime.compiler import eager
-from newton_plugin.algorithms._black_box.black_box import BlackBox, check_problems, features
+from newton_plugin.algorithms._black_box.black_box import BASELINE, BlackBox, check_problems, features
 from newton_plugin.algorithms._black_box.differences import smoothed_by_differences
 from newton_plugin.algorithms._black_box.score_hessian import ScoreHessian, bring_hessian
 
@@ -36,7 +36,7 @@ ESTIMATORS = ("score", "symmetric_score", "finite_difference")
 
 
 class Smoothed(NamedTuple):
-    """What a :class:`Smoother` gives.
+    """The result of a :class:`Smoother`.
 
     Attributes:
         mean: differentiable, (N, ...).
@@ -83,8 +83,8 @@ class Smoother:
         weight = torch.expm1(density.log_ratio(e, shift)) / self.box.samples
         derivatives = torch.einsum("kn,knq->nq", weight, advantages)
         if self.estimator == "symmetric_score":
-            # sum_k grad r_k <p_k - b_k, shift>, with r_k half way: its Jacobian is J^T, its second derivatives are
-            # those of the first term with their indices exchanged.
+            # sum_k grad r_k <p_k - b_k, shift>, with r_k at half the shift. Its Jacobian is J^T, and its second
+            # derivatives are those of the first term with their indices exchanged.
             along = torch.einsum("knm,nm->kn", advantages, shift / self.box.samples)
             weight = torch.exp(density.log_ratio(e, shift / 2)) * along
             derivatives = (derivatives + torch.einsum("knm,kn->nm", density.score(e - shift / 2), weight)) / 2
@@ -110,9 +110,6 @@ class Smoother:
         return ", ".join(parts + ["minimize=True"] * box.minimize)
 
 
-BASELINE = "leave_one_out"
-
-
 class StochasticSmoothing(torch.nn.Module):
     r"""The mean of any function over noisy inputs, with gradient and Hessian.
 
@@ -125,7 +122,7 @@ class StochasticSmoothing(torch.nn.Module):
         samples: K.
         sigma: scale of the noise, in units of y. Larger is smoother and further from fn.
         noise: "gaussian", "gumbel" (with mean zero), "cauchy", or an object with their methods.
-        estimator: "score" asks nothing of fn. For an fn that solves a linear problem (see below) two others have less
+        estimator: "score" works for any fn. For an fn that solves a linear problem (see below) two others have less
             noise: "symmetric_score", unbiased as well, and "finite_difference", by far the most exact with few
             samples, with a bias of O(h^2), h = width * sigma, and as many calls again in the backward.
         antithetic: K/2 draws and their mirror images (not for "gumbel").
@@ -141,22 +138,22 @@ class StochasticSmoothing(torch.nn.Module):
     **Derivatives** of every order by ``backward``, double backward and ``torch.func``, from the same samples; with
     "score" they are unbiased for F. A function of the result is another matter: with a loss l that is not linear,
     ``l(F)`` is estimated by ``l(mean)``, biased by O(1/K) like any function of a mean. Under ``torch.func.vmap``
-    say ``randomness="different"`` or ``"same"``.
+    pass ``randomness="different"`` or ``"same"``.
 
     **Solvers of linear problems**, an fn that returns ``argmax_p <y, p>`` or ``argmin_p <y, p>`` shaped like y (a
     shortest path, an assignment, a ranking, top-k), have a symmetric Jacobian J. "symmetric_score" averages the
-    estimates of J and its transpose (differentiable twice). "finite_difference" uses that backpropagation of the
-    gradient w that arrives from the loss is then a *directional* derivative of the solution, the difference of smoothed
-    solutions at ``y + h w`` and ``y - h w`` (w scaled to root-mean-square one); each backward calls fn with K*N
-    problems more, a Hessian of m outputs with 2 m K N. For any other fn both are wrong: half of the result, or all,
-    is ``J w`` where ``J^T w`` is due. A loss that is linear in the solution (the Hamming distance to a 0/1 target,
+    estimates of J and its transpose (differentiable twice). With "finite_difference", the gradient w that arrives from
+    the loss is propagated by a *directional* derivative of the solution, the difference of smoothed solutions at
+    ``y + h w`` and ``y - h w`` (w scaled to root-mean-square one). Each backward calls fn with K*N problems more, a
+    Hessian of m outputs with 2 m K N. For any other fn both are wrong: half of the result, or all of it, is ``J w``
+    where ``J^T w`` is needed. A loss that is linear in the solution (the Hamming distance to a 0/1 target,
     ``(p * (1 - 2 * target) + target).sum(-1)``; the true cost of a path) means the same inside fn and outside of the
     smoothing; outside, these estimators can be used.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument outside its rule.
         ShapeError: fn did not return one row for each problem; a loss where a solution is needed.
-        NonFiniteError: fn returned NaN or infinity. (To look, the host waits for the device once a call.)
+        NonFiniteError: fn returned NaN or infinity. (For this check the host waits for the device once a call.)
 
     Source: Petersen et al., "Newton Losses", NeurIPS 2024, section on stochastic smoothing; Glynn 1990 and Williams
     1992 for the score function, Kool et al. 2019 for the leave-one-out baseline.
@@ -201,6 +198,6 @@ class StochasticSmoothing(torch.nn.Module):
         """The smoothed fn at y (N, ...)."""
         value, noise, values, advantages = self._smoother(check_problems(y))
         if values.ndim > 2 or advantages is None or self._smoother.estimator != "score":
-            return value  # an algorithm; or a Hessian that is not the one of the score function
+            return value  # fn is not a loss, or its Hessian is not that of the score function
         hessian = ScoreHessian(self._smoother.box, noise, advantages, smoothed=True)
         return bring_hessian(value, y, hessian, self._smoother.box)

@@ -1,1 +1,1 @@
-"""The ranking loss of one list with its derivatives written out."""
+"""The ranking loss of one list, with its gradient and Hessian written out (row_loss.py)."""

@@ -1,4 +1,4 @@
-"""A batch of lists, so many at a time: what is worked on stays in the cache, and memory bounded."""
+"""Work on a batch of lists in chunks: a chunk fits in the cache, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from newton_plugin._errors import ShapeError, check_floating
 from newton_plugin.algorithms._list_loss.function import ListDerivatives
 
 __all__ = ["InChunks", "chunk_of"]
 
-# Elements that are worked on at once: what a cache holds; on a device, what keeps it busy.
+# Elements of a chunk: on the CPU what a cache holds, on other devices what keeps them busy.
 _CHUNK = {"cpu": 2**17}
 _CHUNK_ELSEWHERE = 2**24
 
 
 class InChunks:
-    """Loss, gradient and Hessian of all lists of a batch, so many at a time.
+    """Loss, gradient and Hessian of all lists of a batch, chunk by chunk.
 
     Args:
-        part: from some of the lists to their loss and gradient, and to what gives their Hessians.
-        count: of lists.
-        chunk: of them at once.
-        keep: what the Hessian needs, for all parts; else for one alone, and several are computed once more.
+        part: computes the :class:`ListDerivatives` of a slice of the lists.
+        count: number of lists.
+        chunk: number of lists in a chunk.
+        keep: whether the results of all chunks are kept for the Hessian. If not, a single chunk's are kept, and those
+            of several chunks are computed again.
     """
 
     def __init__(self, part: Callable[[slice], ListDerivatives], count: int, chunk: int, keep: bool) -> None:
@@ -47,15 +47,5 @@ class InChunks:
 
 
 def chunk_of(like: Tensor, elements: int) -> int:
-    """How many lists of so many elements each are worked on at once."""
+    """How many lists make a chunk if each has so many ``elements``, on the device of ``like``."""
     return max(1, _CHUNK.get(like.device.type, _CHUNK_ELSEWHERE) // max(1, elements))
-
-
-def check_scores(scores: Tensor) -> None:
-    """Raise unless ``scores`` is a floating-point tensor of shape (..., n), n >= 1."""
-    check_floating("scores", scores)
-    if scores.ndim == 0 or scores.shape[-1] == 0:
-        raise ShapeError(
-            f"scores must have shape (..., n) with n >= 1; got {tuple(scores.shape)}. "
-            "Put the list in the last dimension."
-        )

@@ -1,9 +1,9 @@
-"""The ranking loss of each list, with a gradient that is already there.
+"""The ranking loss of each list as an autograd.Function that computes the gradient together with the loss.
 
-A method that can write its derivatives down (``ranking``) computes loss and gradient in one go, in far fewer operations
-than autograd records and replays, and keeps the gradient alone, (N, n), between forward and backward. Whoever
-differentiates again, or in another mode (``torch.func``, forward mode), gets the loss as autograd writes it: the same
-function, in ordinary operations (``log_probabilities``).
+A method that can write its derivatives down (:class:`Ranking`) needs far fewer operations for loss and gradient than
+autograd records and replays. Between forward and backward only the gradient is kept, (N, n). Where the gradient is
+differentiated again, or in another mode (``torch.func``, forward mode), the loss is computed in ordinary operations,
+from ``log_probabilities``: the same function, which autograd can differentiate.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from newton_plugin.algorithms._log_domain import wide
 
-__all__ = ["ListDerivatives", "ListLoss", "Ranking", "plain_list_loss", "row_weight"]
+__all__ = ["ListDerivatives", "ListLoss", "Ranking", "jvp_by_vjp", "plain_list_loss", "row_weight"]
 
 
 class ListDerivatives(Protocol):
-    """What :meth:`Ranking.ranking` gives.
+    """The ranking loss of some lists with its derivatives in the scores, from :meth:`Ranking.ranking`.
 
     Attributes:
         loss: of each list, (N,).
-        gradient: of that in the scores, (N, n).
+        gradient: of each list's loss in its scores, (N, n).
     """
 
     loss: Tensor
@@ -37,19 +37,19 @@ class ListDerivatives(Protocol):
 
 @runtime_checkable
 class Ranking(Protocol):
-    """A method that knows the derivatives of the ranking loss."""
+    """A sort that knows the derivatives of the ranking loss."""
 
     def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> ListDerivatives:
-        """Of scores (N, n), n >= 2, and target (N, n, n)."""
+        """The loss of scores (N, n), n >= 2, with target (N, n, n): the true permutation matrices."""
         ...
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See ``_methods.LogProbabilities``."""
+        """``(log P, log(1 - P))``; with ``lengths`` (N,), only the first so many elements of each list are real."""
         ...
 
 
 def row_weight(scores: Tensor, lengths: Tensor | None) -> Tensor | float:
-    """Of each row of P in the loss of its list: 1/m^2 for the first m rows of a list of m, (..., n, 1)."""
+    """The weight of each row of P in the loss of its list: 1/m^2 for the m rows of a list of m, (..., n, 1)."""
     n = scores.shape[-1]
     if lengths is None:
         return 1 / n**2
@@ -64,15 +64,27 @@ def plain_list_loss(method: Any, scores: Tensor, target: Tensor, lengths: Tensor
     if lengths is None:
         return -entries.mean((-2, -1))
     present = torch.arange(scores.shape[-1], device=scores.device) < lengths.unsqueeze(-1)
-    # Elsewhere stands what takes the place of log 0.
+    # The other entries hold what stands for log 0.
     entries = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), entries, 0.0)
     return -(entries * row_weight(scores, lengths)).sum((-2, -1))
+
+
+def jvp_by_vjp(f: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> Tensor:
+    """``J v``, J the Jacobian of f at x, by reverse mode alone: the map from u to ``J' u`` is linear, with transpose J.
+
+    A forward-mode rule cannot use forward mode itself (torch 2.13: "Nested forward mode AD").
+
+    >>> jvp_by_vjp(lambda x: x**2, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0])).tolist()
+    [2.0, 60.0]
+    """
+    y, pull = torch.func.vjp(f, x)[:2]
+    return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1](tangent)[0]
 
 
 class ListLoss(torch.autograd.Function):
     """``apply(scores (N, n), target (N, n, n), lengths (N,) or None, method, seen) -> (loss (N,), gradient)``.
 
-    ``seen`` is a list, to which the :class:`ListDerivatives` are appended.
+    The :class:`ListDerivatives` are appended to ``seen``, where the Hessian is then at hand.
     """
 
     @staticmethod
@@ -97,7 +109,7 @@ class ListLoss(torch.autograd.Function):
         if grad is None:
             return (None,) * 5
         scores, target, lengths, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody will differentiate the gradient
+        if torch.is_grad_enabled():  # the gradient will be differentiated
             pull = torch.func.vjp(lambda s: plain_list_loss(ctx.method, s, target, lengths), scores)[1]
             return *pull(grad), None, None, None, None
         return (grad.unsqueeze(-1) * gradient).to(scores.dtype), None, None, None, None
@@ -105,7 +117,7 @@ class ListLoss(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
         scores, target, lengths = ctx.saved_tensors
-        return pushed(lambda s: plain_list_loss(ctx.method, s, target, lengths), scores, tangents[0]), None
+        return jvp_by_vjp(lambda s: plain_list_loss(ctx.method, s, target, lengths), scores, tangents[0]), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
@@ -119,15 +131,3 @@ class ListLoss(torch.autograd.Function):
                 folded.append(tensor.movedim(dim, 0).flatten(0, 1))
         loss, gradient = ListLoss.apply(*folded, *inputs[3:])
         return (loss.unflatten(0, (info.batch_size, -1)), gradient.unflatten(0, (info.batch_size, -1))), (0, 0)
-
-
-def pushed(f: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> Tensor:
-    """``J v``, J the Jacobian of f at x: ``J' u`` is linear in u, and its own transposed derivative is J.
-
-    Inside a rule of forward mode, forward mode itself cannot be used again (torch 2.13: "Nested forward mode AD").
-
-    >>> pushed(lambda x: x**2, torch.tensor([1.0, 3.0]), torch.tensor([1.0, 10.0])).tolist()
-    [2.0, 60.0]
-    """
-    y, pull = torch.func.vjp(f, x)[:2]
-    return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1](tangent)[0]

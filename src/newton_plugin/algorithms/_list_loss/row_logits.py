@@ -1,4 +1,4 @@
-"""Logits of a list as a function of its scores, linearised where they are: NeuralSort's and SoftSort's.
+"""The logits of NeuralSort and SoftSort as functions of the scores, with their derivatives.
 
 Both sorts are a row-softmax of logits z (row i = rank, column k = element) that are piecewise linear in the scores
 (SoftSort with p = 2: quadratic). Between ties the Jacobian ``J_ik = dz_ik/ds``, a vector for each entry, has so much
@@ -7,7 +7,7 @@ structure that it is never formed:
 * NeuralSort: ``J_ik = d_ik e_k + G_k`` with ``G_ka = sign(s_k - s_a)`` and ``d_ik = 2i - n - 1 - sum_a G_ka``;
 * SoftSort, in sorted order: ``J_ik = -g_ik (e_i - e_k)`` with ``g_ik = sign(t_i - t_k)``; for p = 2, ``2 (t_i - t_k)``.
 
-Everything over the temperature. At a tie the sign is 0, as autograd has it.
+All of these are divided by the temperature. At a tie the sign is 0, as in autograd.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["LinearLogits", "NeuralSortLogits", "RowLogits", "SoftSortLogits"]
 
 
 class LinearLogits(Protocol):
-    """The first and second derivatives of the logits z of some lists, n of them."""
+    """The first and second derivatives of the logits z of N lists of length n."""
 
     def combine(self, weights: Tensor) -> Tensor:
         """``sum_k weights_ik J_ik`` for each row: (N, r, n, n) -> (N, r, n, n)."""
@@ -42,28 +42,28 @@ class LinearLogits(Protocol):
         """``sum_ik weights_ik J_ik J_ik'``: (N, n, n) -> (N, n, n), exactly symmetric."""
         ...
 
-    def bend(self, gradient: Tensor) -> Tensor | None:
-        """``sum_ik gradient_ik d2 z_ik / ds2``, for the gradient that was pulled; None where z is piecewise linear."""
+    def second_derivative(self, gradient: Tensor) -> Tensor | None:
+        """``sum_ik gradient_ik d2 z_ik / ds2``, with the gradient given to :meth:`RowLogits.pull`; None if it is 0."""
         ...
 
     def restore(self, hessian: Tensor) -> Tensor:
-        """(N, n, n) back to the order of the scores."""
+        """Rows and columns of (N, n, n) back in the order of the scores."""
         ...
 
 
 class RowLogits(Protocol):
-    """Logits of lists (N, n)."""
+    """The logits z of lists (N, n), and the ways of their derivatives."""
 
     z: Tensor
     """(N, n, n)"""
 
     @property
     def at_once(self) -> int:
-        """Lists that are differentiated twice at a time."""
+        """How many lists are differentiated twice at a time."""
         ...
 
     def columns(self, matrix: Tensor) -> Tensor:
-        """(N, n, n) with elements as columns, in the order of the columns of z."""
+        """A matrix (N, n, n) whose columns are elements, its columns put in the order of those of z."""
         ...
 
     def pull(self, gradient: Tensor) -> Tensor:
@@ -71,20 +71,20 @@ class RowLogits(Protocol):
         ...
 
     def part(self, lists: slice) -> LinearLogits:
-        """Of so many lists; after :meth:`pull`."""
+        """The derivatives of these lists; :meth:`pull` comes first."""
         ...
 
 
 class NeuralSortLogits:
-    """See the module; the columns of z are in sorted order.
+    """NeuralSort's; the derivatives are in the module's docstring. The columns of z are in sorted order.
 
-    There ``G_ka`` is 1 behind the elements that are tied with a, -1 before them and 0 among them, so that products with
-    G are differences of cumulative sums.
+    In that order ``G_ka`` is 1 behind the elements that are tied with a, -1 before them and 0 among them. So products
+    with G are differences of cumulative sums.
 
     Args:
         scores: (N, n), in the precision to work in.
-        temperature: of the method.
-        lengths: (N,), the first so many elements of each list are real.
+        temperature: of the sort.
+        lengths: (N,); only the first so many elements of each list are real.
     """
 
     def __init__(self, scores: Tensor, temperature: float, lengths: Tensor | None = None) -> None:
@@ -112,11 +112,11 @@ class NeuralSortLogits:
 
     @cached_property
     def _ends(self) -> tuple[Tensor, Tensor] | None:
-        """First and last of the elements that each is tied with, (N, n); None: itself."""
+        """The first and the last place that each element is tied with, (N, n) each; None if there are no ties."""
         tied = self._t[:, 1:] == self._t[:, :-1]
         if self._present is not None:
             tied = tied & self._present[:, 1:]
-        if tied.device.type == "cpu" and not tied.any():  # elsewhere, looking costs more than it saves
+        if tied.device.type == "cpu" and not tied.any():  # on a device, looking costs more than it saves
             return None
         place = torch.arange(self._t.shape[-1], device=tied.device)
         first = torch.nn.functional.pad(~tied * place[1:], (1, 0)).cummax(-1).values
@@ -165,9 +165,9 @@ class NeuralSortLogits:
 
             diag(D) + (L_a G_ab + L_b G_ba) + sum_k W_k G_ka G_kb
 
-        The last sum is all of W, minus twice what lies between a and b, minus what is tied with either: for a before b
-        it is ``sum W + h_a - h_b``, h the sum of W before a's ties and up to their last; for a tied with b,
-        ``sum W`` minus that of the ties.
+        The last sum is all of W, minus twice what lies between a and b, minus what is tied with either. For a before b
+        it is ``sum W + h_a - h_b``, where h_a is the sum of W before a's ties plus the sum up to the last of them. For
+        a tied with b it is ``sum W`` minus the W of the ties.
         """
         linear = weights * self._own
         total, of_linear = weights.sum(-2), linear.sum(-2)
@@ -181,7 +181,7 @@ class NeuralSortLogits:
         result.diagonal(dim1=-2, dim2=-1).add_(linear.mul_(self._own).sum(-2))
         return result
 
-    def bend(self, gradient: Tensor) -> Tensor | None:
+    def second_derivative(self, gradient: Tensor) -> Tensor | None:
         return None
 
     def restore(self, hessian: Tensor) -> Tensor:
@@ -191,10 +191,10 @@ class NeuralSortLogits:
 
 
 class SoftSortLogits:
-    """See the module; the columns of z are in sorted order.
+    """SoftSort's; the derivatives are in the module's docstring. The columns of z are in sorted order.
 
     Args:
-        scores, temperature, lengths: as above.
+        scores, temperature, lengths: see :class:`NeuralSortLogits`.
         p: the power of the distance, 1 or 2.
     """
 
@@ -205,10 +205,10 @@ class SoftSortLogits:
         t = scores.gather(-1, self._order)
         distance = t.unsqueeze(-1) - t.unsqueeze(-2)
         if p == 1:
-            self._slope, self._curvature = distance.sign() / -temperature, 0.0  # dz_ik / dt_i
+            self._slope, self._slope_of_slope = distance.sign() / -temperature, 0.0  # dz_ik / dt_i
             z = distance * self._slope
         else:
-            self._slope, self._curvature = distance * (-2 / temperature), -2 / temperature
+            self._slope, self._slope_of_slope = distance * (-2 / temperature), -2 / temperature
             z = distance.square() * (-1 / temperature)
         self.z = z if absent is None else z.masked_fill_(absent.unsqueeze(-2), log_zero(z))
 
@@ -247,26 +247,26 @@ class SoftSortLogits:
     def squares(self, weights: Tensor) -> Tensor:
         return _laplacian(weights * self._slope.square())
 
-    def bend(self, gradient: Tensor) -> Tensor | None:
-        return _laplacian(self._curvature * gradient) if self._curvature else None
+    def second_derivative(self, gradient: Tensor) -> Tensor | None:
+        return _laplacian(self._slope_of_slope * gradient) if self._slope_of_slope else None
 
     def restore(self, hessian: Tensor) -> Tensor:
         return _unsorted(hessian, self._order)
 
 
 def _sorted_order(scores: Tensor, absent: Tensor | None) -> Tensor:
-    """Indices of the sorted scores, ties as they come, those that are absent at the end."""
+    """Indices that sort the scores: ties in the order of the list, absent elements at the end."""
     key = scores if absent is None else scores.masked_fill(absent, torch.inf)
     return key.sort(dim=-1, stable=True).indices
 
 
 def _is_own_place(index: Tensor) -> bool:
-    """Whether it is that of the row in all rows, (N, n, 1); False where to look would be to wait for the device."""
+    """Whether each row's index, (N, n, 1), is the row's own place. On a device False: looking would wait for it."""
     return index.device.type == "cpu" and bool((index.squeeze(-1) == torch.arange(index.shape[1])).all())
 
 
 def _unsorted(hessian: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of a symmetric matrix back to where they were before sorting."""
+    """Rows and columns of a symmetric matrix back where they were before sorting."""
     index = order.unsqueeze(-2).expand_as(hessian)
     columns = torch.empty_like(hessian).scatter_(-1, index, hessian)
     return torch.empty_like(hessian).scatter_(-1, index, columns.mT)

@@ -8,11 +8,11 @@ same without entry j, ``log p_j = z_j - L`` and ``log(1 - p_j) = L_j - L``. So t
     H_kl   = -o_kl  (k != l)         H_kk = sum_{l != k} o_kl
     o_kl   = p_k p_l (1 + c_k + c_l - sum_{j != k,l} c_j h_j)            h_j = 1/(1 - p_j)^2 - 1
 
-**Nothing cancels.** Adding a constant to a row changes nothing, so g sums to 0 and H is a Laplacian: both are given by
-the entries *other* than the largest, z_1, and those have p <= 1/2, u <= 1, h <= 3. Those of the first may be infinite,
-but enter as ``p_k u_1 = p_1 w_k`` and ``p_k p_l h_1 = p_1 (2 - p_1) w_k w_l``, where w is the softmax of the others
-among themselves. The part of H in w is a Laplacian again, and is taken relative to *its* largest entry, z_2. So a
-Hessian of 1e-30 comes out as 1e-30 and not as the rounding error of 1 - 1.
+**Nothing cancels.** Adding a constant to a row changes nothing, so g sums to 0 and H is a Laplacian. Both are therefore
+determined by the entries *other* than that of the largest logit, z_1, and for these p <= 1/2, u <= 1, h <= 3. u_1 and
+h_1 may be infinite, but they enter only as ``p_k u_1 = p_1 w_k`` and ``p_k p_l h_1 = p_1 (2 - p_1) w_k w_l``, where w
+is the softmax of the others among themselves. The part of H in w is a Laplacian again; it is taken relative to *its*
+largest entry, z_2. So a Hessian of 1e-30 comes out as 1e-30 and not as the rounding error of 1 - 1.
 
 **In the scores.** ``o_kl = p_k p_l (b_k + b_l) - e w_k w_l`` with ``e = c_1 p_1 (2 - p_1)`` and
 ``b_k = c_k + c_k h_k + (1 - sum_j c_j h_j)/2`` (h_1 = 0). With ``J_k = dz_k/ds``, ``D_k = J_k - J_1`` and
@@ -21,15 +21,16 @@ Hessian of 1e-30 comes out as 1e-30 and not as the rounding error of 1 - 1.
     J' H J = sum_k a_k D_k D_k' - (x y' + y x') - e (sum_k w_k E_k E_k' - v v')
     a_k = p_k (b_k + sum_l p_l b_l)     x = sum_k p_k b_k D_k     y = sum_k p_k D_k     v = sum_k w_k E_k
 
-Multiplied out, with sums over the others ``S = sum_k p_k = 1 - p_1``, ``B = sum_k p_k b_k``, ``jp = sum_k p_k J_k`` and
-``jb = sum_k p_k b_k J_k``, the first two are, in squares of single J and two products, symmetrised::
+With the sums over the others ``S = sum_k p_k = 1 - p_1``, ``B = sum_k p_k b_k``, ``jp = sum_k p_k J_k`` and
+``jb = sum_k p_k b_k J_k``, the first two terms multiplied out are squares of single J and two symmetrised products::
 
     sum_k a_k J_k J_k' + p_1 (B + b_1 S) J_1 J_1' - jb jp' - jp jb' - p_1 (J_1 (jb + b_1 jp)' + (jb + b_1 jp) J_1')
 
-The last term is ``-e sum_k w_k J_k J_k'`` and a form in J_2 and ``j = sum_k w_k J_k``. With s the sum of these w
-and ``r = sqrt(1 - s)``, that is a single product, symmetrised: ``e (j - r s/(1 + r) J_2) (j + r (1 + r) J_2)'``. For
-all rows of a list together this is two or three products of n x n matrices, and sums (``_row_logits`` and
-``_network_logits`` have the J): O(n^3), and no second differentiation.
+The last term is ``-e sum_k w_k J_k J_k'`` and a quadratic form in J_2 and ``j = sum_k w_k J_k``, over all but z_1 and
+z_2. With s the sum of these w and ``r = sqrt(1 - s)``, the form is a single product, symmetrised:
+``e (j - r s/(1 + r) J_2) (j + r (1 + r) J_2)'``. For all rows of a list together this is two or three products of
+n x n matrices, and sums: O(n^3), and no second differentiation. The J are in ``row_logits.py`` and
+``_sorting_network/logits.py``.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ __all__ = ["RowLoss", "row_losses"]
 
 
 class _Terms(NamedTuple):
-    """What the loss of a row is made of; (..., n), or (..., 1) where it is one number a row."""
+    """What the loss of a row is computed from, (..., n); or (..., 1) if there is one number for each row."""
 
-    first: Tensor  # index
-    second: Tensor  # index
+    first: Tensor  # index of z_1
+    second: Tensor  # index of z_2
     p: Tensor  # 0 at the first
-    p1: Tensor  # of the first
+    p1: Tensor  # p of the first
     w: Tensor  # 0 at the first
     log_p: Tensor
     log_q: Tensor
@@ -64,10 +65,10 @@ class _Terms(NamedTuple):
 def row_losses(
     logits: Callable[[Tensor, Tensor | None], RowLogits], scores: Tensor, target: Tensor, lengths: Tensor | None
 ) -> InChunks:
-    """The :class:`RowLoss` of lists (N, n), a few at a time.
+    """The :class:`RowLoss` of lists (N, n), chunk by chunk.
 
     Args:
-        logits: of some lists, from their scores, in the precision to work in, and their lengths.
+        logits: from scores, in the precision to work in, and lengths of some lists to their logits.
         scores: (N, n).
         target: (N, n, n).
         lengths: (N,) or None.
@@ -78,7 +79,7 @@ def row_losses(
         some = weight[lists] if isinstance(weight, Tensor) else weight
         return RowLoss(logits(s[lists], None if lengths is None else lengths[lists]), target[lists], some)
 
-    # Of the dozen matrices of a list that are at work at a time, as many as a cache holds.
+    # About a dozen n x n matrices of each list are in use at a time; a chunk is as many lists as a cache holds two of.
     return InChunks(part, s.shape[0], chunk_of(s, 2 * s.shape[-1] ** 2), keep=True)
 
 
@@ -88,7 +89,7 @@ class RowLoss:
     Args:
         logits: of lists (N, n).
         target: T, (N, n, n).
-        weight: of each row's loss, (N, n, 1) if not the same for all.
+        weight: of each row's loss; (N, n, 1) where rows differ.
     """
 
     def __init__(self, logits: RowLogits, target: Tensor, weight: Tensor | float) -> None:
@@ -146,23 +147,23 @@ class RowLoss:
         hessian = logits.squares(squares).add_(half + half.mT)
         if not isinstance(weight, Tensor):
             hessian.mul_(weight)
-        bent = logits.bend(row_gradient)
-        if bent is not None:
-            hessian.add_(bent)
+        of_logits = logits.second_derivative(row_gradient)
+        if of_logits is not None:
+            hessian.add_(of_logits)
         return logits.restore(hessian)
 
 
 def _log_least(z: Tensor) -> float:
-    """Of what is not negligible beside 1, with room for products."""
+    """The logarithm below which a number counts as 0 beside 1; products of two such numbers are still normal."""
     return math.log(torch.finfo(z.dtype).tiny) / 2
 
 
 def _terms(z: Tensor) -> _Terms:
-    """See ``_log_domain`` for the logarithms."""
+    """The terms of the rows of z; ``_log_domain.py`` explains the logarithms."""
     two, index = z.topk(2, dim=-1)
     (z1, z2), (first, second) = two.split(1, -1), index.split(1, -1)
     gap = z2 - z1
-    # Numbers near the end of the range are slow to compute with, and beside exp(0), the second, they are nothing.
+    # Subnormal numbers are slow to compute with; beside exp(0), the entry of z_2, they count as 0.
     others = torch.threshold_(z - z2, _log_least(z), -torch.inf).scatter_(-1, first, -torch.inf).exp_()
     total = others.sum(-1, keepdim=True)
     ratio = gap.exp()

@@ -1,1 +1,1 @@
-"""Losses and measures of rankings, made of the sorts."""
+"""What is learned from a sort: the ranking loss, soft ranks, top-k, NDCG and average precision."""

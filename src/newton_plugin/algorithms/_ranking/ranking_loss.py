@@ -5,7 +5,7 @@ permutation matrix ``T``. The loss is the mean binary cross-entropy of the n*n e
 
     -1/n^2 sum_ij  T_ij log P_ij + (1 - T_ij) log(1 - P_ij)
 
-Both logarithms come from the method itself, never from ``P``: see ``_log_domain`` and ``_sorting_network``.
+Both logarithms come from the method itself, never from ``P``: ``_log_domain.py`` explains why.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._derivatives.closed_forms import with_hessian
+from newton_plugin import with_hessian
 from newton_plugin._errors import ArgumentTypeError, ShapeError, check_choice, check_floating
 from newton_plugin.algorithms._list_loss.function import ListLoss, Ranking, plain_list_loss
 from newton_plugin.algorithms._log_domain import wide
@@ -98,10 +98,10 @@ class RankingLoss(torch.nn.Module):
         return with_hessian(loss, scores, lambda: of_each().div_(count if self.reduction == "mean" else 1))
 
     def _lists(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[], Tensor] | None]:
-        """The loss of each list, (...,), and what gives their Hessians, if the method can and somebody might ask."""
+        """The loss of each list, (...,), and a function for their Hessians: None if unknown or not needed."""
         lengths = order = None
         if mask is not None:
-            # Present elements first, in their order; then a list of length m is the first m places.
+            # Present elements first, in their order: a list of length m then fills the first m places.
             order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
             scores = scores.masked_fill(~mask, 0.0).gather(-1, order)
             ranks = ranks.long().masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
@@ -115,7 +115,7 @@ class RankingLoss(torch.nn.Module):
         with torch.autocast(scores.device.type, enabled=False):
             loss, _ = ListLoss.apply(*flat, None if lengths is None else lengths.flatten(), self.method, seen)
         loss = loss.reshape(shape[:-1])
-        if not seen:  # inside a transform of torch.func, which asks for derivatives in its own way
+        if not seen:  # inside a transform of torch.func, which differentiates by itself
             return loss, None
         hessian = seen[0].hessian
         return loss, hessian if order is None else lambda: _reordered(hessian(), order)
@@ -132,13 +132,13 @@ class RankingLoss(torch.nn.Module):
 
 
 def _reordered(hessian: Tensor, order: Tensor) -> Tensor:
-    """Row and column k to where ``order`` has them from."""
+    """The Hessian in the scores before they were gathered by ``order``."""
     back = order.argsort(-1).unsqueeze(-1).expand_as(hessian)
     return hessian.gather(-2, back).gather(-1, back.mT)
 
 
 def _targets(ranks: Tensor) -> Tensor:
-    # Position i holds the element whose rank equals the i-th smallest rank; with ties several do, equally.
+    # Row i marks the element whose rank equals the i-th smallest rank; tied elements share the row equally.
     hit = ranks.sort(dim=-1).values.unsqueeze(-1) == ranks.unsqueeze(-2)
     return wide(hit) / hit.sum(-1, keepdim=True)
 

@@ -1,8 +1,8 @@
 """NDCG and average precision, made differentiable by a soft permutation matrix.
 
-Both metrics look at what stands at each position of the list sorted by descending score. With ``P`` (row 0
-the largest) the element at position i is a mixture, and so is its relevance: ``(P @ relevance)_i``. Put into
-the metrics' own formulas, this gives them exactly in the hard limit.
+Both metrics depend on the relevance at each position of the list sorted by descending score. With ``P`` (row 0
+the largest) the element at position i is a mixture, and its relevance is ``(P @ relevance)_i``. Put into the
+metrics' own formulas, this gives the metrics exactly in the hard limit.
 """
 
 from __future__ import annotations

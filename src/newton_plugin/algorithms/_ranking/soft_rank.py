@@ -1,7 +1,7 @@
 """Soft ranks, and Spearman's rank correlation as a loss.
 
-If row i of a permutation matrix says which element has rank i, column j says which rank element j has. So a
-soft permutation matrix gives every element an expected rank, ``sum_i i P_ij``, between 0 and n - 1.
+Row i of a permutation matrix says which element has rank i, so column j says which rank element j has. A soft
+permutation matrix therefore gives every element an expected rank, ``sum_i i P_ij``, between 0 and n - 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentTypeError, ShapeError, check_floating
-from newton_plugin.algorithms._list_loss.chunks import check_scores
+from newton_plugin.algorithms._list_loss.scores import check_scores
 from newton_plugin.algorithms._sorting.methods import Method, matrix, resolve
 
 __all__ = ["soft_rank", "spearman_loss"]
@@ -23,9 +23,9 @@ def soft_rank(scores: Tensor, method: Method = "neural_sort", **kwargs: Any) -> 
 
     .. math:: r_j = \sum_i i \, P_{ij} \Big/ \sum_i P_{ij}
 
-    The columns of NeuralSort and SoftSort do not sum to one, hence the denominator (at least 1/n: every
-    element has a row of its own). For a sorting network they do, and ``P`` is never formed: one vector goes
-    back through the layers.
+    The columns of NeuralSort and SoftSort do not sum to one, hence the denominator. It is at least 1/n, because every
+    element is the largest in a row of its own. The columns of a sorting network sum to one, and ``P`` is
+    never formed: one vector goes back through the layers.
 
     Args:
         scores: (..., n), floating point.
@@ -56,8 +56,8 @@ def spearman_loss(scores: Tensor, ranks: Tensor, method: Method = "neural_sort",
 
     .. math:: 1 - \rho = \frac{6}{n (n^2 - 1)} \sum_j (r_j - \text{rank}_j)^2
 
-    This is Spearman's formula with soft ranks put in: 0 for the right order, 2 for the reversed one, and
-    never a division by a variance that may vanish. Tied true ranks are replaced by their mean, as is usual.
+    This is Spearman's formula for soft ranks: 0 for the right order, 2 for the reversed one, without a division by a
+    variance that may vanish. Tied true ranks are replaced by their mean, as is usual.
 
     Args:
         scores: (..., n), floating point.

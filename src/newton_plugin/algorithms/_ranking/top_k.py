@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
-from newton_plugin.algorithms._list_loss.chunks import check_scores
+from newton_plugin.algorithms._list_loss.scores import check_scores
 from newton_plugin.algorithms._sorting.methods import Method, matrix, resolve
 
-__all__ = ["check_k", "soft_top_k"]
+__all__ = ["soft_top_k"]
 
 
 def soft_top_k(
@@ -24,7 +24,7 @@ def soft_top_k(
     Args:
         scores: (..., n), floating point.
         k: 1 <= k <= n.
-        method, **kwargs: as in ``RankingLoss``; of another callable, all of P is computed and cut.
+        method, **kwargs: as in ``RankingLoss``. Of another callable all rows of P are computed, and k are kept.
         largest: row 0 is the largest element; if false, the smallest.
 
     Returns:
@@ -41,12 +41,12 @@ def soft_top_k(
     [3.0, 2.0]
     """
     check_scores(scores)
-    check_k(k, scores.shape[-1])
+    _check_k(k, scores.shape[-1])
     built = resolve(method, kwargs)
     return matrix(built, -scores if largest else scores, k)
 
 
-def check_k(k: int, n: int) -> None:
+def _check_k(k: int, n: int) -> None:
     """Raise unless 1 <= k <= n."""
     if isinstance(k, bool) or not isinstance(k, int):
         raise ArgumentTypeError(f"k must be an int; got {k!r}.")

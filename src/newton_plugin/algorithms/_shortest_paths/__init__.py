@@ -1,1 +1,1 @@
-"""Shortest paths on grids and graphs: exact, and relaxed."""
+"""Shortest paths, exact on grids and graphs (compiled or in torch) and relaxed on grids (bellman_ford.py)."""

@@ -1,4 +1,4 @@
-"""Relaxed Bellman-Ford: a soft path on a grid, by replacing every minimum of the algorithm by a softmin.
+"""Relaxed Bellman-Ford: a soft path on a grid, with a softmin in place of every minimum of the algorithm.
 
 Bellman-Ford computes distances by rounds, ``d[v] <- c[v] + min d[u]`` over the neighbours u, and then walks back from
 the goal, at every vertex to the neighbour where the minimum was. Relaxed, with steepness b (an inverse temperature)::
@@ -6,9 +6,9 @@ the goal, at every vertex to the neighbour where the minimum was. Relaxed, with 
     w[v, u] = softmax over u of (-b d[u])        from which neighbour v is entered
     d[v]   <- c[v] + sum_u w[v, u] d[u]           d[start] = 0 always
 
-The walk back is then a random one that moves by the w of the last round, and all its possible ways are followed at
-once: ``place[v]``, the probability of being at v, starts as 1 at the goal. ``path[v]`` is how much v belongs to the
-path, by "or" as for independent events::
+The walk back is then a random walk that moves by the w of the last round. All its possible ways are followed at
+once: ``place[v]`` is the probability of being at v, and starts as 1 at the goal. ``path[v]`` is how much v belongs to
+the path, combined step by step with the "or" of independent events::
 
     path  <- path + place - path * place
     place <- sum_v place[v] w[v, .]
@@ -17,15 +17,15 @@ path, by "or" as for independent events::
 condition ``path[start] <= 1`` holds with probability ``sigmoid(b (1 - path[start]))``, and the result is the mean of
 ``path`` over when the loop ends.
 
-**What the relaxation does not do.** The cost of the start is not counted (a constant of all paths). The walk does not
-stop at the start: what has arrived goes on to the start's cheapest neighbour and back, so that vertex is marked too,
-whether it is on the path or not: wholly in a "for" loop, half in a "while" loop (even a certain arrival ends that one
-only with probability 1/2 a step). So published, and so computed here, unless ``stop_at_start=True``: then what
-arrives at the start is marked there and leaves the walk.
+**What the relaxation does not do.** The cost of the start is not counted; it is the same for all paths. The walk does
+not stop at the start: it goes on to the start's cheapest neighbour and back. So that vertex is marked too, whether it
+is on the path or not: wholly in a "for" loop, half in a "while" loop, which even a certain arrival ends only with
+probability 1/2 a step. The paper does so, and so does this function, unless ``stop_at_start=True``: then what arrives
+at the start is marked there and leaves the walk.
 
 **Layout.** Inside, the batch is the last dimension and the grid lies in a frame, so that the neighbours of all
-vertices are views; no index tables, no copies. Vertices that k rounds cannot reach are not computed in round k, and
-where there is no neighbour the logit is -inf and the distance 0: never a huge number that stands for infinity.
+vertices are views, without index tables or copies. Vertices that k rounds cannot reach are not computed in round k.
+Where there is no neighbour the logit is -inf and the distance 0; no huge number stands for infinity.
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
-    ShapeError,
     check_choice,
     check_floating,
     check_positive,
 )
-from newton_plugin.algorithms._shortest_paths.grid import around
+from newton_plugin.algorithms._shortest_paths.grid import around, check_grid
 
 __all__ = ["relaxed_bellman_ford"]
 
@@ -107,11 +106,7 @@ def relaxed_bellman_ford(
     check_floating("costs", costs)
     check_choice("loop", loop, ("for", "while"))
     steepness = check_positive("steepness", steepness, "Larger is sharper, e.g. 10.")
-    if costs.ndim < 2 or 0 in costs.shape[-2:]:
-        raise ShapeError(
-            f"costs must have shape (..., h, w) with h, w >= 1; got {tuple(costs.shape)}. "
-            "A model that gives one row per map needs .unflatten(-1, (h, w))."
-        )
+    check_grid(costs)
     h, w = costs.shape[-2:]
     iterations = _count("iterations", iterations, default=h + w, least=max(h, w))
     max_steps = _count("max_steps", max_steps, default=2 * iterations, least=1)
@@ -152,8 +147,8 @@ def _weights(c: Tensor, steepness: float, iterations: int, checkpoint: bool) -> 
     if h * w > 1:
         known = (counted > 0) & (counted <= iterations)
     else:
-        known = counted == 0  # a lonely vertex: any weights will do, they lead nowhere
-    # What a round computes at the start is thrown away; so that it is finite, all neighbours are known there.
+        known = counted == 0  # a single vertex: any weights will do, they lead nowhere
+    # A round's result at the start is thrown away. All neighbours count as known there, so that it is finite.
     counted[:, :, 0, 0] = 1
 
     def relax(d: Tensor, first: int, last: int) -> Tensor:
@@ -178,7 +173,7 @@ def _weights(c: Tensor, steepness: float, iterations: int, checkpoint: bool) -> 
 
 
 def _softmin(u: Tensor, known: Tensor, steepness: float) -> Tensor:
-    """Softmax of ``-steepness u`` over the neighbours that are known; the others have weight 0."""
+    """Softmax of ``-steepness u`` over the known neighbours; the others have weight 0."""
     bias = torch.where(known, 0.0, -math.inf).to(u.dtype)
     return torch.softmax(torch.add(bias, u, alpha=-steepness).flatten(0, 1), 0).unflatten(0, (3, 3))
 
@@ -186,8 +181,8 @@ def _softmin(u: Tensor, known: Tensor, steepness: float) -> Tensor:
 def _steps(weights: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Where the walk begins, and one step of it.
 
-    Mass at v goes to its neighbours by w[v]. Seen from where it arrives: x gets place[v] w[v, x] from each neighbour
-    v, and the entry of w[v] that points to x lies opposite of where v lies seen from x. Turned once, for all steps.
+    The probability of being at v goes to v's neighbours by w[v]. So x gets place[v] w[v, x] from each neighbour v, and
+    the entry of w[v] that points to x lies opposite of v's direction from x. The weights are turned once for all steps.
     """
     h, w, batch = weights.shape[2:]
     framed = pad(weights, (0, 0, 1, 1, 1, 1))
@@ -212,7 +207,7 @@ def _walk(weights: Tensor, steps: int) -> Tensor:
 
 
 def _walk_while(weights: Tensor, max_steps: int, steepness: float) -> Tensor:
-    """The mean of ``path`` over the step after which the loop ends."""
+    """The mean of ``path``, over the step after which the loop ends."""
     place, step = _steps(weights)
     path = torch.zeros_like(place)
     goes_on = torch.sigmoid(steepness * (1 - path[0, 0]))

@@ -4,10 +4,9 @@ A path, an assignment, a spanning tree: each is a 0/1 vector x, and an exact sol
 
     f(c) = min_x <c, x>        x*(c) = the solver's choice among the minimisers
 
-f is concave and piecewise linear. Where the cheapest is unique, only ``x*`` is active nearby, so the gradient of f
-is ``x*`` itself and the Hessian is zero; at a tie ``x*`` is one of the supergradients. ``x*`` is piecewise constant:
-it has no useful derivative (that is what smoothing, perturbation and relaxation are for) and is marked as not
-differentiable.
+f is concave and piecewise linear. Where the minimiser is unique it is the same nearby, so the gradient of f is ``x*``
+and the Hessian is zero; at a tie ``x*`` is one of the supergradients. ``x*`` itself is piecewise constant: it has no
+useful derivative and is marked as not differentiable. (Smoothing, perturbation and relaxation give it one.)
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class Cheapest(torch.autograd.Function):
 def check_costs(name: str, costs: Tensor) -> None:
     """Raise for NaN, negative or infinite costs (one device synchronisation).
 
-    The compiled solvers find bad costs on their way and come here only to report.
+    The compiled solvers look at the costs as they go and call this only to raise.
     """
     good = (costs >= 0) & (costs < torch.inf)
     if not bool(good.all()):

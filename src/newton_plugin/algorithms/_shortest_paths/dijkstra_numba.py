@@ -1,11 +1,10 @@
-"""Dijkstra's algorithm compiled by numba: no GIL inside, batches split over threads.
+"""Dijkstra's algorithm compiled by numba; it runs without the GIL, and large batches are split over threads.
 
-Imported at the first call that needs it. Compiling takes some seconds, once: numba keeps the machine code beside this
-file (or, where that folder cannot be written, in the user's cache folder) and later processes load it.
+This module is imported at the first call that needs it. Compiling takes some seconds, once: numba keeps the machine
+code beside this file (or, where that folder cannot be written, in the user's cache folder) and later processes load it.
 
-Threads are started for a batch that is worth it and end with it. They are plain Python threads that hold no GIL while
-they work: numba's own parallel loops run on OpenMP or a pool of its own, which does not survive the fork by which a
-DataLoader starts its workers.
+Threads are started for a batch that is large enough, and end with it. They are plain Python threads, and not numba's
+parallel loops: those run on OpenMP or on a pool, which does not survive the fork by which a DataLoader starts workers.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from newton_plugin.algorithms._shortest_paths.cheapest import check_costs
 
 __all__ = ["solve_graph", "solve_grid"]
 
-_jit: Any = numba.njit  # it has no types
+_jit: Any = numba.njit  # numba has no type stubs
 
 
 @_jit("boolean(float64[:,:,::1], float64[::1], uint8[:,:,::1])", nogil=True, cache=True)
 def _grid(costs, distance, path):
     """Fill ``distance`` (B) and ``path`` (B, h, w); False at the first map with a bad cost.
 
-    Maps lie in a frame of vertices that count as seen, so that no neighbour needs a check of its bounds. The heap is
+    Maps lie in a frame of vertices that count as seen, so that neighbours need no check of their bounds. The heap is
     ordered by (d, rank), where rank = (vertices on the way) * n + vertex.
     """
     batch, h, w = costs.shape
@@ -58,7 +57,7 @@ def _grid(costs, distance, path):
         while not seen[goal]:
             u = heap[0]
             size -= 1
-            if size:  # the last one sinks from the top
+            if size:  # the last entry takes the top and sinks
                 last = heap[size]
                 i, k = 0, 1
                 while k < size:
@@ -80,7 +79,7 @@ def _grid(costs, distance, path):
                     d[v], rank[v] = d[u] + cost[v], (rank[u] // n + 1) * n + v
                     i = size
                     size += 1
-                    while i > 0:  # it rises from the end
+                    while i > 0:  # the new entry rises from the end
                         parent = heap[(i - 1) // 2]
                         if d[parent] < d[v] or (d[parent] == d[v] and rank[parent] < rank[v]):
                             break
@@ -104,8 +103,8 @@ def _grid(costs, distance, path):
 def _graph(costs, first, leaving, tail, head, source, target, distance, path):
     """The same for directed edges: costs and path (B, E); edges ``leaving[first[u] : first[u + 1]]`` leave u.
 
-    Here a vertex may be improved after it entered the heap, and then enters it again: whatever comes out a second
-    time is skipped. The heap is ordered by (d, edges on the way); ``via`` is the edge by which a vertex is reached.
+    Here a vertex may be improved after it entered the heap, and then enters it again; when it comes out a second
+    time it is skipped. The heap is ordered by (d, edges on the way); ``via`` is the edge by which a vertex is reached.
     """
     batch, edges = costs.shape
     n = len(first) - 1

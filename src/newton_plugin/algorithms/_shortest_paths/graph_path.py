@@ -18,8 +18,8 @@ from torch import Tensor
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_floating
 from newton_plugin._runtime.compiler import eager
 from newton_plugin.algorithms._log_domain import wide
+from newton_plugin.algorithms._shortest_paths.backend import compiled
 from newton_plugin.algorithms._shortest_paths.cheapest import Cheapest, ShortestPath, check_costs, check_distance
-from newton_plugin.algorithms._shortest_paths.grid_path import compiled
 from newton_plugin.algorithms._shortest_paths.rounds_torch import ROUNDS
 
 __all__ = ["shortest_path_graph"]
@@ -101,7 +101,7 @@ def _check_graph(edge_costs: Tensor, edges: Any, source: Any, target: Any, num_n
 
 
 def _check_reachable(edges: Tensor, source: int, target: int, num_nodes: int) -> None:
-    """Asked only when a distance is infinite: by now the costs are known to be finite."""
+    """Raise if no path leads to the target. Called only if a distance is infinite although the costs are finite."""
     reached = torch.zeros(num_nodes, dtype=torch.bool, device=edges.device)
     reached[source] = True
     before = -1
@@ -134,7 +134,7 @@ def _solve_graph(costs: Tensor, edges: Tensor, source: int, target: int, num_nod
     start = c.new_full((len(c), num_nodes), torch.inf)
     start[:, source] = 0
     d = settle(start, c)
-    # Edges that attain D, and among them those by which a vertex is reached over fewest edges.
+    # Edges that attain D; among them those by which a vertex is reached over fewest edges.
     cheapest = (d[:, tail] + c == d[:, head]) & (d[:, tail] < torch.inf)
     count = settle(start, torch.where(cheapest, 1.0, torch.inf))
     chosen = cheapest & (count[:, tail] + 1 == count[:, head])
@@ -143,7 +143,7 @@ def _solve_graph(costs: Tensor, edges: Tensor, source: int, target: int, num_nod
     via = torch.full((len(c), num_nodes), none, device=c.device)
     via = via.scatter_reduce(1, into, torch.where(chosen, number, none), "amin")
     via[:, source] = none
-    # One more, empty, edge leads from the source to itself.
+    # An extra edge without a cost leads from the source to itself: finished walks stay there.
     before = torch.nn.functional.pad(tail, (0, 1), value=source)
     path = torch.zeros((len(c), none + 1), dtype=torch.uint8, device=c.device)
     at = torch.full((len(c), 1), target, device=c.device)

@@ -1,4 +1,4 @@
-"""The neighbours of every vertex of a grid, in two layouts.
+"""Grids: their shape, and the neighbours of every vertex in two layouts.
 
 ``neighbours`` and ``smallest_around`` are for exact distances: batch first, without gradients. ``around`` is for
 loops that are differentiated: batch last, so that it returns a view of contiguous rows.
@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["around", "neighbours", "smallest_around"]
+from newton_plugin._errors import ShapeError
+
+__all__ = ["around", "check_grid", "neighbours", "smallest_around"]
+
+
+def check_grid(costs: Tensor) -> None:
+    """Raise unless ``costs`` are maps (..., h, w) with h, w >= 1."""
+    if costs.ndim < 2 or 0 in costs.shape[-2:]:
+        raise ShapeError(
+            f"costs must have shape (..., h, w) with h, w >= 1; got {tuple(costs.shape)}. "
+            "A model that gives one row per map needs .unflatten(-1, (h, w))."
+        )
 
 
 def neighbours(framed: Tensor) -> Tensor:
@@ -29,12 +40,12 @@ def smallest_around(framed: Tensor) -> Tensor:
 
 
 def around(x: Tensor, rows: int, columns: int) -> Tensor:
-    """What lies around each of rows x columns vertices: x (h, w, B) -> (3, 3, rows, columns, B), 0 outside of x.
+    """The 3 x 3 square around each of rows x columns vertices: x (h, w, B) -> (3, 3, rows, columns, B), 0 outside of x.
 
-    A view of ``x`` in a frame of zeros. Linear, any number of times differentiable; PyTorch's own backward of
+    A view of ``x`` in a frame of zeros, linear and any number of times differentiable. PyTorch's own backward of
     ``Tensor.unfold`` takes twice as long as the nine sums here.
     """
-    # torch.compile does not trace a Function with a jvp rule, and needs no help with the plain operations.
+    # torch.compile does not trace a Function with a jvp rule, and compiles the plain operations well.
     return _view(x, rows, columns) if torch.compiler.is_compiling() else _Around.apply(x, rows, columns)
 
 
@@ -65,7 +76,7 @@ class _Around(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """The adjoint: every entry goes back to the vertex that it is a view of."""
+    """The adjoint of :class:`_Around`: every entry is added to the vertex that it is a view of."""
 
     generate_vmap_rule = True
 

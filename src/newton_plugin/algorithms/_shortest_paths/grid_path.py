@@ -1,35 +1,27 @@
 """Exact shortest paths over a grid of costs, whole batches at once.
 
-The price is paid at vertices: ``D[start] = c[start]``, and for every other vertex ``D[v] = c[v] + min D[u]`` over its
+Costs belong to vertices: ``D[start] = c[start]``, and for every other vertex ``D[v] = c[v] + min D[u]`` over its
 (up to eight) neighbours u. Which neighbour is the cheapest does not depend on v's own cost, so Dijkstra's algorithm
 needs no decrease-key here: the first neighbour to be settled is v's predecessor, and v enters the heap exactly once.
 
 **Ties.** The path is read from the goal backwards. The predecessor of a vertex is its neighbour with the smallest
 distance; of several, one that is reached over fewest vertices; of several, the first in row-major order. (The second
 clause also keeps the path simple where costs are zero.) Distances are sums in float64 from start to goal, in this
-order, so they and the comparisons are the same bits in every backend.
+order, so the distances and the paths are the same in every backend, bit for bit.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import Any
-
 from torch import Tensor
 
-from newton_plugin._errors import NewtonPluginError, ShapeError, check_choice, check_floating
+from newton_plugin._errors import check_choice, check_floating
 from newton_plugin._runtime.compiler import eager
+from newton_plugin.algorithms._shortest_paths.backend import compiled
 from newton_plugin.algorithms._shortest_paths.cheapest import Cheapest, ShortestPath, check_distance
+from newton_plugin.algorithms._shortest_paths.grid import check_grid
 from newton_plugin.algorithms._shortest_paths.rounds_torch import solve_grid
 
-__all__ = ["NumbaMissingError", "compiled", "shortest_path"]
-
-
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
-
-
-class NumbaMissingError(NewtonPluginError, ImportError):
-    """``backend="numba"`` was asked for and numba is not installed."""
+__all__ = ["shortest_path"]
 
 
 @eager
@@ -69,11 +61,7 @@ def shortest_path(costs: Tensor, *, backend: str = "auto") -> ShortestPath:
     """
     check_choice("backend", backend, ("auto", "numba", "torch"))
     check_floating("costs", costs)
-    if costs.ndim < 2 or 0 in costs.shape[-2:]:
-        raise ShapeError(
-            f"costs must have shape (..., h, w) with h, w >= 1; got {tuple(costs.shape)}. "
-            "A model that gives one row per map needs .unflatten(-1, (h, w))."
-        )
+    check_grid(costs)
     numba = compiled(backend, costs)
     solve = solve_grid if numba is None else numba.solve_grid
 
@@ -83,19 +71,3 @@ def shortest_path(costs: Tensor, *, backend: str = "auto") -> ShortestPath:
         return distance, path
 
     return ShortestPath(*Cheapest.apply(costs, solver, 2))
-
-
-def compiled(backend: str, costs: Tensor) -> Any | None:
-    """The module of compiled solvers if this call should use it, else None."""
-    if backend == "torch" or (backend == "auto" and costs.device.type != "cpu"):
-        return None
-    if not _HAS_NUMBA:
-        if backend == "auto":
-            return None
-        raise NumbaMissingError(
-            'backend="numba" needs numba, which is not installed: pip install "newton-plugin[algorithms]". '
-            'backend="torch" gives the same result with torch alone, more slowly.'
-        )
-    from newton_plugin.algorithms._shortest_paths import dijkstra_numba
-
-    return dijkstra_numba

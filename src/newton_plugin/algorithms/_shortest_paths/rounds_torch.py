@@ -1,12 +1,12 @@
 """Exact shortest paths by whole-tensor operations: for devices other than the CPU, and without numba.
 
-Bellman-Ford without edges: ``D <- min(D, c + smallest D around)`` until nothing changes. After k rounds D is right on
-all paths of k steps, so the number of rounds is the number of steps of the longest shortest path to *any* vertex:
-little more than max(h, w) on maps, up to half of all vertices in a maze. Every eighth round the host asks whether
-anything changed; that is a synchronisation on a GPU, and it cannot be avoided without fixing the number of rounds.
+Bellman-Ford without edges: ``D <- min(D, c + smallest D around)`` until nothing changes. After k rounds D is right
+where the shortest path has at most k steps, so the number of rounds is the number of steps of the longest shortest path
+to *any* vertex: little more than max(h, w) on maps, up to half of all vertices in a maze. Every eighth round the host
+asks whether anything changed. On a GPU that is a synchronisation; only a fixed number of rounds could avoid it.
 
-Minima of the same float64 sums as Dijkstra's algorithm takes: rounding is monotone, so the order of the comparisons
-does not matter and the bits are the same.
+The minima are over the same float64 sums as in Dijkstra's algorithm. Rounding is monotone, so the order of the
+comparisons does not matter and the bits are the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from newton_plugin.algorithms._shortest_paths.grid import neighbours, smallest_a
 
 __all__ = ["ROUNDS", "solve_grid"]
 
-ROUNDS = 8  # between two questions whether to go on
+ROUNDS = 8  # before the host asks whether anything changed
 
 
 def solve_grid(costs: Tensor) -> tuple[Tensor, Tensor]:

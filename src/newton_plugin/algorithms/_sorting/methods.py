@@ -1,13 +1,16 @@
-"""From what a person types to a method object: "neural_sort", neural_sort or an instance.
+"""The table of sorts, and the way from what a user passes ("neural_sort", neural_sort, an instance) to a method object.
 
-A method is a callable ``scores -> P``. Those of this package can do more, each only what it is asked for: the
-first rows of P (``rows``), ranks without P (``ranks``), logarithms (``log_probabilities``).
+**A new sort** is a class in a file beside this one, a row in ``_SORTS``, and a public name in ``algorithms/__init__``.
+The class takes its keyword arguments, and ``__call__`` maps scores (..., n) to P (..., n, n), rows smallest first.
+``log_probabilities(scores, lengths=None)`` makes it stable in RankingLoss and lets it take a mask. For speed alone it
+may have ``rows(scores, k)``, the first k rows of P; ``ranks(scores)``, soft ranks without P; and ``ranking(...)``, the
+derivatives of the ranking loss (``Ranking`` in ``_list_loss/function.py``). ``soft_sort.py`` is the shortest example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -21,7 +24,7 @@ __all__ = ["LogProbabilities", "Method", "matrix", "resolve"]
 
 @runtime_checkable
 class LogProbabilities(Protocol):
-    """What RankingLoss asks of a method that is to be stable."""
+    """A method that RankingLoss can use in the log domain."""
 
     def log_probabilities(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``, each (..., n, n), from scores (..., n)."""
@@ -30,38 +33,37 @@ class LogProbabilities(Protocol):
 
 Method: TypeAlias = "str | LogProbabilities | Callable[..., Any]"
 
-_BY_NAME: dict[str, Callable[..., Any]] = {
-    "neural_sort": NeuralSort,
-    "soft_sort": SoftSort,
-    "sorting_network": AnyLengthNetwork,
+
+class _Sort(NamedTuple):
+    """A row of the table."""
+
+    build: Callable[..., Any]  # from keyword arguments to a method object
+    public: Any  # what a user may pass in place of the name
+    arguments: str  # for the error message
+
+
+_SORTS = {
+    "neural_sort": _Sort(NeuralSort, neural_sort, "temperature, e.g. 0.1"),
+    "soft_sort": _Sort(SoftSort, soft_sort, "temperature, e.g. 0.1, and p, 1 or 2"),
+    "sorting_network": _Sort(AnyLengthNetwork, SortingNetwork, "layout, swap and steepness, all with defaults"),
 }
-_ARGUMENTS = {
-    "neural_sort": "temperature, e.g. 0.1",
-    "soft_sort": "temperature, e.g. 0.1, and p, 1 or 2",
-    "sorting_network": "layout, swap and steepness, all with defaults",
-}
-_BY_FUNCTION: list[tuple[Any, str]] = [
-    (neural_sort, "neural_sort"),
-    (soft_sort, "soft_sort"),
-    (SortingNetwork, "sorting_network"),
-]
 
 
 def resolve(method: Any, arguments: dict[str, Any]) -> Any:
-    """The method object for ``method`` with its keyword arguments; instances and other callables as they are."""
-    name = next((name for function, name in _BY_FUNCTION if method is function), method)
+    """The method object of a named sort with its keyword arguments; instances and other callables as they are."""
+    name = next((name for name, sort in _SORTS.items() if method is sort.public), method)
     if isinstance(name, str):
-        check_choice("method", name, tuple(_BY_NAME), "Or pass a callable: scores -> P.")
+        check_choice("method", name, tuple(_SORTS), "Or pass a callable: scores -> P.")
         try:
-            return _BY_NAME[name](**arguments)
+            return _SORTS[name].build(**arguments)
         except NewtonPluginError:
             raise
         except TypeError as error:
             given = ", ".join(sorted(arguments)) or "none"
-            raise ArgumentTypeError(f"keyword arguments of {name!r}: {_ARGUMENTS[name]}; got {given}.") from error
+            raise ArgumentTypeError(f"keyword arguments of {name!r}: {_SORTS[name].arguments}; got {given}.") from error
     if not (callable(method) or isinstance(method, LogProbabilities)):
         raise ArgumentTypeError(
-            f"method must be one of {', '.join(map(repr, _BY_NAME))} or a callable scores -> P; "
+            f"method must be one of {', '.join(map(repr, _SORTS))} or a callable scores -> P; "
             f"got {type(method).__name__}."
         )
     if arguments:
@@ -73,7 +75,7 @@ def resolve(method: Any, arguments: dict[str, Any]) -> Any:
 
 
 def matrix(method: Any, scores: Tensor, k: int | None = None) -> Tensor:
-    """P, or its first k rows, of a resolved method."""
+    """P, or its first k rows, from what :func:`resolve` gave."""
     if k is not None and hasattr(method, "rows"):
         return method.rows(scores, k)
     p = method(scores)

@@ -15,8 +15,8 @@ decide, but the formula takes them from sums of n large numbers. For float32 sco
 of 0.1 these are 1e6, whose float32 spacing is 0.06. The logits are therefore formed and subtracted in float64
 (float32 where the device has none) and cast back only as differences.
 
-**Ties.** ``|s_j - s_k|`` has a kink at a tie; there the derivative is taken as 0, the mean of both sides, so
-that tied elements are treated alike whatever their place in memory.
+**Ties.** ``|s_j - s_k|`` has a kink at a tie. The derivative there is taken as 0, the mean of both sides, so
+that tied elements are treated alike wherever they are in the list.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import check_positive
-from newton_plugin.algorithms._list_loss.chunks import InChunks, check_scores
+from newton_plugin.algorithms._list_loss.chunks import InChunks
 from newton_plugin.algorithms._list_loss.row_logits import NeuralSortLogits
 from newton_plugin.algorithms._list_loss.row_loss import row_losses
+from newton_plugin.algorithms._list_loss.scores import check_scores
 from newton_plugin.algorithms._log_domain import log_softmax_and_complement, log_zero, wide
 
 __all__ = ["NeuralSort", "neural_sort"]
@@ -114,7 +115,7 @@ class NeuralSort:
         return z.masked_fill(~present.unsqueeze(-2), log_zero(z))
 
     def _relative_logits(self, scores: Tensor, k: int) -> Tensor:
-        """The logits minus the maximum of each row, in float64: after that, float32 has digits enough.
+        """The logits minus the maximum of each row, in float64. For these differences float32 has enough digits.
 
         The maximum of row i is at the i-th sorted score t_i, and there ``z = t_i - 2 C_i + C_n`` with sign
         changed, where C are the cumulative sums of t: put ``sum_k |t_i - t_k| = (2i - n) t_i - 2 C_i + C_n``
@@ -125,11 +126,12 @@ class NeuralSort:
         n = s.shape[-1]
         coefficient = torch.arange(1 - n, 1 - n + 2 * k, 2, device=s.device, dtype=s.dtype).unsqueeze(-1)
         t, order = s.sort(-1)
-        # A constant of each row, on which the softmax does not depend.
+        # The softmax does not depend on the maximum of a row, so it enters as a constant.
         key = t.detach()
         sums = key.cumsum(-1)
         minus_max = (key - 2 * sums + sums[..., -1:])[..., :k].unsqueeze(-1)
-        # The same numbers. Few: fewer and simpler operations. Many: fewer passes over memory (measured, CPU).
+        # Both ways give the same numbers. For few scores, fewer and simpler operations are faster; for many, fewer
+        # passes over memory (measured on a CPU).
         if s.numel() * n <= 2**17:
             z = torch.addcmul(-_distance_by_pairs(s).unsqueeze(-2), coefficient, s.unsqueeze(-2))
             return z.add_(minus_max)
@@ -147,7 +149,7 @@ def _distance_by_sums(t: Tensor, order: Tensor) -> Tensor:
     """The same in O(n log n), from ``t, order = s.sort(-1)``.
 
     With ``below`` elements smaller than t_r and ``upto`` not larger, it is ``(below + upto - n) t_r`` minus the
-    sum of the smaller plus the sum of the larger ones; tied elements are in neither. A run of ties starts
+    sum of the smaller plus the sum of the larger elements; tied elements are in neither sum. A run of ties starts
     where t grows: ``below`` is the last such place at or before r, ``upto`` the next one after it.
     """
     n = t.shape[-1]

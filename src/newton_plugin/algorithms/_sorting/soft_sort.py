@@ -1,4 +1,4 @@
-"""SoftSort: each sorted value looks for its element.
+"""SoftSort: row i of P says which elements have the i-th sorted score.
 
 The element of rank i is the one whose score *is* the i-th sorted score. Softened, row i of ``P`` is a softmax
 of the distances between the i-th sorted score and all scores::
@@ -9,8 +9,8 @@ An element at its own rank has distance 0, the largest logit of its row, so noth
 towards temperature 0 the row becomes the indicator of that element. ``P`` is row-stochastic; where scores
 crowd, columns exceed one.
 
-The gradient flows through ``sort(s)`` too: moving one score moves the row that looks for it. Where scores
-tie, the i-th sorted value is taken from the tied element that comes first in the list, as a stable sort does.
+The gradient flows through ``sort(s)`` too: moving one score moves the row of its rank. Where scores tie, the
+sorted values are taken from the tied elements in the order of the list, as in a stable sort.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import check_choice, check_positive
-from newton_plugin.algorithms._list_loss.chunks import InChunks, check_scores
+from newton_plugin.algorithms._list_loss.chunks import InChunks
 from newton_plugin.algorithms._list_loss.row_logits import SoftSortLogits
 from newton_plugin.algorithms._list_loss.row_loss import row_losses
+from newton_plugin.algorithms._list_loss.scores import check_scores
 from newton_plugin.algorithms._log_domain import log_softmax_and_complement, log_zero, wide
 
 __all__ = ["SoftSort", "soft_sort"]

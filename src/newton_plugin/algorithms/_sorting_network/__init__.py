@@ -1,1 +1,1 @@
-"""Differentiable sorting networks."""
+"""Differentiable sorting networks: the module (network.py), its schedule (layers.py), its comparators (swaps.py)."""

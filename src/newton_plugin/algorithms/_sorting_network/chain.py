@@ -1,14 +1,14 @@
-r"""P of a sorting network: the chain of layers, forwards and backwards, in place.
+r"""P of a sorting network: the chain of layers as one autograd.Function that works in place, forwards and backwards.
 
 A layer is ``a' = a + q gap``, ``b' = b - q gap`` with ``gap = b - a``, for every column of the state, on a slice of one
-buffer. It is symmetric, so the adjoints g go back through the same operation::
+buffer. Its matrix is symmetric, so the adjoints g go back through the same operation::
 
     g_a = g'_a - q e        g_b = g'_b + q e        e = g'_a - g'_b        dq = sum over columns of e gap
 
-and what reaches the share q goes on to the gap of the *values* on the two wires, ``q = f(-x)``, ``x = steepness gap``.
-Kept between the passes: gap and q of every layer.
+The adjoint of the share q goes on to the gap of the *values* on the two wires: ``q = f(-x)``, ``x = steepness gap``.
+Between the passes gap and q of every layer are kept.
 
-Short lists: the values ride along as one more column. Long ones: they go first, in float64 (see ``SortingNetwork``).
+In short lists the values are one more column of the state. In long ones they go through the network first, in float64.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from newton_plugin.algorithms._list_loss.function import pushed
+from newton_plugin.algorithms._list_loss.function import jvp_by_vjp
 from newton_plugin.algorithms._log_domain import wide
 from newton_plugin.algorithms._sorting_network.layers import Layer, split
 from newton_plugin.algorithms._sorting_network.swaps import swap, swap_slope
 
-__all__ = ["Chain", "ChainOf"]
+__all__ = ["Chain", "Network"]
 
 
-class ChainOf(Protocol):
-    """What a chain asks of a network."""
+class Network(Protocol):
+    """What :class:`Chain` needs of a sorting network."""
 
     n: int
     swap: str
@@ -41,7 +41,7 @@ class ChainOf(Protocol):
         ...
 
     def slopes(self, x: Tensor) -> list[float | Tensor]:
-        """Of each layer, what gap is multiplied with: a number or (blocks, step, 1, 1), 0 where a pair rests."""
+        """For each layer the factor of the gap: a number or (blocks, step, 1, 1), 0 where a pair rests."""
         ...
 
     def identity(self, x: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ class ChainOf(Protocol):
         ...
 
     def plain_chain(self, x: Tensor) -> Tensor:
-        """The same in ordinary operations."""
+        """P as a state, in ordinary operations."""
         ...
 
 
 class Chain(torch.autograd.Function):
-    """``apply(x (wires, 1, lists), network) -> (P (wires, n, lists), ...)``; the rest is kept for the way back."""
+    """``apply(x (wires, 1, lists), network) -> (P (wires, n, lists), ...)``; the other outputs are for the backward."""
 
     @staticmethod
-    def forward(x: Tensor, network: ChainOf) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(x: Tensor, network: Network) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         layers, slopes, n = network.layers, network.slopes(x), network.n
         pairs, lists = sum(layer.pairs for layer in layers), x.shape[-1]
         shares = x.new_empty(pairs, 1, lists)
@@ -91,14 +91,14 @@ class Chain(torch.autograd.Function):
         if grads[0] is None:
             return None, None
         x, gaps, shares, value_gaps = ctx.saved_tensors
-        network: ChainOf = ctx.network
-        if torch.is_grad_enabled():  # somebody will differentiate the gradient
+        network: Network = ctx.network
+        if torch.is_grad_enabled():  # the gradient will be differentiated
             pull = torch.func.vjp(network.plain_chain, x)[1]
             return pull(grads[0])[0], None
         n, layers, rides = network.n, network.layers, network.rides
         g = grads[0].clone(memory_format=torch.contiguous_format)
-        slopes = network.slopes(value_gaps if not rides else x)
-        bends = _bends(network.swap, gaps[:, n:] if rides else value_gaps, layers, slopes)
+        slopes = network.slopes(x if rides else value_gaps)
+        share_slopes = _share_slopes(network.swap, gaps[:, n:] if rides else value_gaps, layers, slopes)
         if rides:
             g = torch.cat((g, g.new_zeros(g.shape[0], 1, g.shape[2])), 1)
         of_shares = []
@@ -109,7 +109,7 @@ class Chain(torch.autograd.Function):
             of_share = (e * gap).sum(-2, keepdim=True)
             move = q * e
             if rides:
-                move[..., n:, :].add_(of_share * bends[at].unflatten(0, (-1, layer.step)))
+                move[..., n:, :].add_(of_share * share_slopes[at].unflatten(0, (-1, layer.step)))
             else:
                 of_shares.append(of_share)
             a.sub_(move)
@@ -119,9 +119,9 @@ class Chain(torch.autograd.Function):
         g = of_shares[0].new_zeros(x.shape, dtype=value_gaps.dtype) if of_shares else torch.zeros_like(x)
         for (layer, at, slope), of_share in zip(reversed(_along(layers, slopes)), of_shares, strict=True):
             a, b = split(g, layer)
-            gap, bend = (t[at].unflatten(0, (-1, layer.step)) for t in (value_gaps, bends))
+            gap, share_slope = (t[at].unflatten(0, (-1, layer.step)) for t in (value_gaps, share_slopes))
             e = a - b
-            move = _share(network.swap, gap, slope) * e + (of_share + e * gap) * bend
+            move = _share(network.swap, gap, slope) * e + (of_share + e * gap) * share_slope
             a.sub_(move)
             b.add_(move)
         return g.to(x.dtype), None
@@ -129,7 +129,7 @@ class Chain(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        return pushed(ctx.network.plain_chain, x, tangents[0]), None, None, None
+        return jvp_by_vjp(ctx.network.plain_chain, x, tangents[0]), None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -140,7 +140,7 @@ class Chain(torch.autograd.Function):
 
 
 def _along(layers: list[Layer], slopes: list[float | Tensor]) -> list[tuple[Layer, slice, float | Tensor]]:
-    """Each layer, with where its pairs are among those of all layers."""
+    """Each layer with the slice of its pairs among those of all layers, and its slope."""
     result, end = [], 0
     for layer, slope in zip(layers, slopes, strict=True):
         result.append((layer, slice(end, end + layer.pairs), slope))
@@ -153,8 +153,8 @@ def _share(name: str, gap: Tensor, slope: float | Tensor) -> Tensor:
     return q * (slope != 0) if isinstance(slope, Tensor) else q
 
 
-def _values(x: Tensor, network: ChainOf, shares: Tensor) -> Tensor:
-    """The gaps of all pairs, in float64 (pairs, 1, lists); the shares go to their place."""
+def _values(x: Tensor, network: Network, shares: Tensor) -> Tensor:
+    """The gaps of all pairs, (pairs, 1, lists), in float64; their shares are written into ``shares``."""
     x = wide(x).clone()
     gaps = x.new_empty(shares.shape)
     for layer, at, slope in _along(network.layers, network.slopes(x)):
@@ -169,7 +169,7 @@ def _values(x: Tensor, network: ChainOf, shares: Tensor) -> Tensor:
     return gaps
 
 
-def _bends(name: str, gaps: Tensor, layers: list[Layer], slopes: list[float | Tensor]) -> Tensor:
+def _share_slopes(name: str, gaps: Tensor, layers: list[Layer], slopes: list[float | Tensor]) -> Tensor:
     """dq / dgap of all pairs, (pairs, 1, lists)."""
     if not any(isinstance(slope, Tensor) for slope in slopes):
         slope = slopes[0] if slopes else 0.0

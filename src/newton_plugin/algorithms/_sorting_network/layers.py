@@ -1,7 +1,7 @@
 """Which wires meet in which layer of a sorting network.
 
-A sorting network compares fixed pairs of wires in a fixed order, whatever the data, so the whole schedule is
-known beforehand. Comparators that share no wire run side by side and form one layer:
+A sorting network compares fixed pairs of wires in a fixed order, so its whole schedule is known without the data.
+Comparators that share no wire run side by side and form one layer:
 
 * odd-even transposition sort: n layers; neighbours (0,1), (2,3), ... and (1,2), (3,4), ... in turn;
 * bitonic sort: about log2(n)^2/2 layers; sort one half up and the other down, then merge. For n that is not a
@@ -9,8 +9,8 @@ known beforehand. Comparators that share no wire run side by side and form one l
 
 In both, the partners in a layer are a constant ``step`` apart, so all pairs of a layer are two slices of a
 reshaped view: ``wires -> (blocks, 2, step)``, after ``offset`` wires at the start that rest. Nothing is
-gathered. Wires are the first dimension of a state, so that what belongs to one wire lies together in memory and
-joining the slices again copies long runs.
+gathered. Wires are the first dimension of a state: the entries of one wire lie together in memory, so that joining
+the slices again copies long runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Layer(NamedTuple):
 
 
 def schedule(n: int, layout: str) -> tuple[int, list[Layer]]:
-    """``(resting, layers)``: the network has ``resting`` wires that carry nothing, before the n real ones.
+    """``(resting, layers)``: the network has ``resting`` unused wires, before the n real ones.
 
     >>> resting, layers = schedule(4, "odd_even")
     >>> [[(a, b) for a, b, _ in layer.wires()] for layer in layers]

@@ -1,22 +1,21 @@
-"""Differentiable sorting networks: every comparator swaps a little.
+"""Differentiable sorting networks: every comparator swaps its inputs in part.
 
-A sorting network with its min and max softened (see ``_swaps``) is a chain of doubly stochastic matrices
-``P = L_K ... L_1``, each of them 2x2 blocks ``[[v, q], [q, v]]`` with v + q = 1. Doubly stochastic, because
-every factor is: no element is claimed twice, no rank is left out.
+A sorting network with its min and max softened (``swaps.py``) is a chain of matrices ``P = L_K ... L_1``, each of 2x2
+blocks ``[[v, q], [q, v]]`` with v + q = 1. Every factor is doubly stochastic, so P is too: no element is claimed
+twice, no rank is left out.
 
-**One pass over values, then what is asked for.** The blocks depend on the values on the wires only, so a
+**One pass over values, then only what is needed.** The blocks depend on the values on the wires only, so a
 first pass over vectors of length n finds them all. Then
 
-* sorted values are a chain over vectors of length n;
+* sorted values are the chain applied to one vector of length n;
 * ``P`` is the chain applied to the identity;
 * soft ranks ``P^T (0, ..., n-1)`` are the transposed chain, last layer first, applied to *one* vector (each L
-  is symmetric), once the values are through: ``P`` is never formed. The first k rows of ``P`` are the same
-  with k unit vectors.
+  is symmetric): ``P`` is never formed. The first k rows of ``P`` are the same with k unit vectors.
 
-A layer is one vectorised operation on slices (``_layers``): with D = second - first, ``first + q D`` and
-``second - q D``. These never go below 0, rounding included: q <= 1, and D is at least minus the first.
-The lists of a batch are the last dimension of a state, (wires, columns, lists): the share q of a pair differs
-from list to list and is the same in all columns, so that every operation runs along contiguous memory.
+A layer is one vectorised operation on slices (``layers.py``): with D = second - first, ``first + q D`` and
+``second - q D``. Of entries that are not negative these never go below 0, rounding included, because q <= 1 and
+D >= -first. The lists of a batch are the last dimension of a state, (wires, columns, lists): the share q of a pair
+differs from list to list and is the same in all columns, so that every operation runs along contiguous memory.
 
 **Logarithms.** ``log P`` follows the same chain with logaddexp in place of sums. The complement needs no new
 idea: ``1 - P`` is also a vector on which the chain acts, since v (1 - p_a) + q (1 - p_b) = 1 - (v p_a + q
@@ -29,9 +28,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice, check_positive
-from newton_plugin.algorithms._list_loss.chunks import InChunks, check_scores, chunk_of
+from newton_plugin.algorithms._list_loss.chunks import InChunks, chunk_of
 from newton_plugin.algorithms._list_loss.function import row_weight
 from newton_plugin.algorithms._list_loss.row_loss import RowLoss
+from newton_plugin.algorithms._list_loss.scores import check_scores
 from newton_plugin.algorithms._log_domain import log_zero, wide
 from newton_plugin.algorithms._sorting_network.chain import Chain
 from newton_plugin.algorithms._sorting_network.layers import LAYOUTS, Layer, join, schedule, split
@@ -39,7 +39,7 @@ from newton_plugin.algorithms._sorting_network.logits import NetworkLogits
 from newton_plugin.algorithms._sorting_network.ragged import BitonicLists, Lists, OddEvenLists
 from newton_plugin.algorithms._sorting_network.swaps import SWAPS, log_swap, swap
 
-__all__ = ["SortingNetwork"]
+__all__ = ["AnyLengthNetwork", "SortingNetwork"]
 
 
 class SortingNetwork(torch.nn.Module):
@@ -97,20 +97,20 @@ class SortingNetwork(torch.nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """``(sorted, P)`` of scores (..., n)."""
         x = self._prepare(scores)
-        # Compiled, ordinary operations are fused; else there are few of them.
+        # The compiler fuses ordinary operations; without it, Chain needs fewer of them.
         state = self.plain_chain(x) if torch.compiler.is_compiling() else Chain.apply(x, self)[0]
-        p = self._lists(state, scores)
+        p = self._to_lists(state, scores)
         values = (p * scores.to(p.dtype).unsqueeze(-2)).sum(-1)  # exact where P is 0 or 1
         return values.to(scores.dtype), p.to(scores.dtype)
 
     @property
     def layers(self) -> list[Layer]:
-        """Of comparators, in the order in which they act."""
+        """Layers of comparators, in the order in which they act."""
         return self._layers
 
     @property
     def rides(self) -> bool:
-        """Whether the values are one more column of P: fewer operations. Long lists: they go first, in float64."""
+        """Whether the values are one more column of P: fewer operations. For long lists they come first, in float64."""
         return self.n < 64
 
     def identity(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class SortingNetwork(torch.nn.Module):
         return self._columns(torch.eye(self.n, dtype=x.dtype, device=x.device), x)
 
     def plain_chain(self, x: Tensor) -> Tensor:
-        """P as a state (wires, n, lists), in operations that anything can differentiate."""
+        """P as a state (wires, n, lists), in ordinary operations: autograd can differentiate it any number of times."""
         state = self.identity(x)
         if not self.rides:
             _, shares = self._swap_shares(x)
@@ -136,31 +136,31 @@ class SortingNetwork(torch.nn.Module):
     def sort(self, scores: Tensor) -> Tensor:
         """The sorted values alone, ``P @ scores``, without P: (..., n) -> (..., n)."""
         values, _ = self._swap_shares(self._prepare(scores))
-        return self._lists(values, scores).squeeze(-1).to(scores.dtype)
+        return self._to_lists(values, scores).squeeze(-1).to(scores.dtype)
 
     def ranks(self, scores: Tensor) -> Tensor:
         """Soft ranks ``P^T (0, ..., n-1)``, without P: (..., n) -> (..., n)."""
         x = self._prepare(scores)
         places = torch.arange(self.n, dtype=x.dtype, device=x.device).unsqueeze(-1)
-        return self._lists(self._transposed(x, places), scores).squeeze(-1).to(scores.dtype)
+        return self._to_lists(self._transposed(x, places), scores).squeeze(-1).to(scores.dtype)
 
     def rows(self, scores: Tensor, k: int) -> Tensor:
         """The first k rows of P, without the others: (..., n) -> (..., k, n)."""
         x = self._prepare(scores)
         units = torch.eye(self.n, k, dtype=x.dtype, device=x.device)
-        return self._lists(self._transposed(x, units), scores).transpose(-1, -2).to(scores.dtype)
+        return self._to_lists(self._transposed(x, units), scores).transpose(-1, -2).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n) -> two of (..., n, n), in float64.
 
-        ``lengths`` (...,): the first so many elements of each list are real; each list goes through the network of
-        its own length.
+        With ``lengths`` (...,) only the first so many elements of each list are real, and each list goes through the
+        network of its own length.
         """
         x = wide(self._prepare(scores))
         state = self._log_identity(x)
         lists = None if lengths is None or not self._layers else self._ragged(lengths.flatten(), x.shape[0])
         if lists is not None:
-            x, state = lists.place(x), lists.place(state)
+            x, state = lists.enter(x), lists.enter(state)
         for depth, (layer, slope) in enumerate(zip(self._layers, self.slopes(x), strict=True)):
             a, b = split(x, layer)
             if lists is not None:
@@ -175,8 +175,8 @@ class SortingNetwork(torch.nn.Module):
             x = join(a + move, b - move, x, layer)
             p, r = split(state, layer)
             state = join(_log_add(log_v + p, log_q + r), _log_add(log_q + p, log_v + r), state, layer)
-        log_p, log_rest = (state if lists is None else lists.take(state)).chunk(2, 1)
-        return self._lists(log_p, scores), self._lists(log_rest, scores)
+        log_p, log_rest = (state if lists is None else lists.leave(state)).chunk(2, 1)
+        return self._to_lists(log_p, scores), self._to_lists(log_rest, scores)
 
     def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
         """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
@@ -196,18 +196,23 @@ class SortingNetwork(torch.nn.Module):
         active: list[Tensor | None]
         if lengths is None:
             active = [s != 0 if isinstance(s, Tensor) and self._resting else None for s in slopes]
-            place = take = adjoint = lambda state: state
+            enter = leave = leave_adjoint = lambda state: state
         else:
             lists = self._ragged(lengths, x.shape[0])
             slopes = [
                 lists.slope(layer, depth, s) for depth, (layer, s) in enumerate(zip(self._layers, slopes, strict=True))
             ]
             active = [lists.active(layer, depth) for depth, layer in enumerate(self._layers)]
-            place, take, adjoint = lists.place, lists.take, lists.adjoint
-        x, logs, directions = (place(state) for state in states)
-        enter = lambda of_lists: adjoint(self._rest(of_lists.permute(1, 2, 0)))  # noqa: E731
-        leave = lambda state: self._lists(take(state), scores)  # noqa: E731
-        return NetworkLogits(x, logs, self._layers, slopes, active, self.swap, directions, enter, leave)
+            enter, leave, leave_adjoint = lists.enter, lists.leave, lists.leave_adjoint
+        x, logs, directions = (enter(state) for state in states)
+
+        def to_state(of_lists: Tensor) -> Tensor:
+            return leave_adjoint(self._with_resting(of_lists.permute(1, 2, 0)))
+
+        def to_lists(state: Tensor) -> Tensor:
+            return self._to_lists(leave(state), scores)
+
+        return NetworkLogits(x, logs, self._layers, slopes, active, self.swap, directions, to_state, to_lists)
 
     def _ragged(self, lengths: Tensor, wires: int) -> Lists:
         if self.layout == "odd_even":
@@ -223,25 +228,25 @@ class SortingNetwork(torch.nn.Module):
                 f"{tuple(scores.shape)}. Build one with SortingNetwork({scores.shape[-1]})."
             )
         x = scores.float() if scores.element_size() < 4 else scores
-        return self._rest(x.reshape(-1, self.n).t().unsqueeze(1))
+        return self._with_resting(x.reshape(-1, self.n).t().unsqueeze(1))
 
     def _columns(self, columns: Tensor, x: Tensor) -> Tensor:
         """The same columns (n, k) for every list of x: (wires, k, lists)."""
-        return self._rest(columns.unsqueeze(-1)).expand(-1, -1, x.shape[-1])
+        return self._with_resting(columns.unsqueeze(-1)).expand(-1, -1, x.shape[-1])
 
-    def _lists(self, state: Tensor, scores: Tensor) -> Tensor:
+    def _to_lists(self, state: Tensor, scores: Tensor) -> Tensor:
         """(wires, k, lists) -> (..., n, k), where (...,) is the batch shape of the scores."""
         state = state.narrow(0, self._resting, self.n).permute(2, 0, 1).contiguous()
         return state.reshape(*scores.shape[:-1], *state.shape[1:])
 
-    def _rest(self, state: Tensor) -> Tensor:
-        """Zeros for the wires that rest, before the real ones."""
+    def _with_resting(self, state: Tensor) -> Tensor:
+        """Puts zeros, for the wires that rest, before the real wires."""
         return torch.cat((state.new_zeros(self._resting, *state.shape[1:]), state)) if self._resting else state
 
     def slopes(self, x: Tensor) -> list[float | Tensor]:
-        """For each layer what x = slope * (a - b) goes into the swap: minus the steepness, by direction.
+        """For each layer the factor of the gap b - a in a swap: minus the steepness, with the sign of the direction.
 
-        One number where every pair goes the same way; else (blocks, step, 1, 1), with 0 where a pair rests.
+        One number where every pair has the same direction; otherwise (blocks, step, 1, 1), with 0 where a pair rests.
         """
         if self.layout == "odd_even":
             return [-self.steepness] * len(self._layers)
@@ -249,7 +254,7 @@ class SortingNetwork(torch.nn.Module):
         return [s.view(-1, layer.step, 1, 1) for s, layer in zip(slopes, self._layers, strict=True)]
 
     def _share(self, gap: Tensor, slope: float | Tensor) -> Tensor:
-        """The share q that changes wires in one layer, for gaps b - a (blocks, step, 1, lists)."""
+        """The share q that changes wires in one layer, from the gaps b - a (blocks, step, 1, lists)."""
         q = swap(self.swap, gap * slope)
         return q * (slope != 0) if self._resting and isinstance(slope, Tensor) else q
 
@@ -279,22 +284,8 @@ class SortingNetwork(torch.nn.Module):
         return self._columns(logs.masked_fill(torch.cat((~one, one), -1), log_zero(x)), x)
 
 
-def _apply(q: Tensor, state: Tensor, layer: Layer) -> Tensor:
-    """One layer on state (wires, k, lists)."""
-    first, second = split(state, layer)
-    move = q * (second - first)
-    return join(first + move, second - move, state, layer)
-
-
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
-    """``log(exp a + exp b)``, with second derivatives that stay finite at any distance."""
-    above = a >= b
-    high, low = torch.where(above, a, b), torch.where(above, b, a)
-    return high + torch.log1p(torch.exp(low - high))
-
-
 class AnyLengthNetwork:
-    """A sorting network for whatever length the scores have; one is built and kept per length and device."""
+    """A sorting network for lists of any length: one :class:`SortingNetwork` for each length and device, kept."""
 
     def __init__(self, layout: str = "odd_even", swap: str = "logistic", steepness: float = 10.0) -> None:
         self._arguments = (layout, swap, steepness)
@@ -332,3 +323,17 @@ class AnyLengthNetwork:
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``."""
         return self.of(scores).log_probabilities(scores, lengths)
+
+
+def _apply(q: Tensor, state: Tensor, layer: Layer) -> Tensor:
+    """One layer on state (wires, k, lists)."""
+    first, second = split(state, layer)
+    move = q * (second - first)
+    return join(first + move, second - move, state, layer)
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """``log(exp a + exp b)``, with second derivatives that stay finite at any distance."""
+    above = a >= b
+    high, low = torch.where(above, a, b), torch.where(above, b, a)
+    return high + torch.log1p(torch.exp(low - high))

@@ -1,6 +1,6 @@
-"""Where the lists of different length in one batch lie in the sorting network of the longest.
+"""Where the lists of different lengths in one batch lie in the sorting network of the longest.
 
-The network of m wires is contained in that of n > m, so a list need not know what it was padded to:
+The network of m wires is contained in that of n > m, so a list is sorted as if it had not been padded:
 
 * odd-even: it is the first m layers on the first m wires;
 * bitonic: with b the least such that ``2^b >= m``, it is the layers of the first b blocks on the first ``2^b`` wires.
@@ -22,34 +22,34 @@ __all__ = ["BitonicLists", "Lists", "OddEvenLists"]
 class Lists(Protocol):
     """Lists of different length in one network; states are (wires, k, lists)."""
 
-    def place(self, state: Tensor) -> Tensor:
-        """Every list from behind the resting wires of the whole network to where it lies."""
+    def enter(self, state: Tensor) -> Tensor:
+        """Move every list from behind the resting wires of the whole network to the wires of its own network."""
         ...
 
     def slope(self, layer: Layer, depth: int, slope: float | Tensor) -> float | Tensor:
-        """By direction, also for pairs that rest in the whole network."""
+        """The layer's slope with the signs of the directions, also for pairs that rest in the whole network."""
         ...
 
     def active(self, layer: Layer, depth: int) -> Tensor:
-        """Which pairs belong to which list's network: (blocks, step, 1, lists)."""
+        """Which pairs belong to each list's own network: (blocks, step, 1, lists)."""
         ...
 
-    def take(self, state: Tensor) -> Tensor:
-        """The way back."""
+    def leave(self, state: Tensor) -> Tensor:
+        """The inverse of :meth:`enter`."""
         ...
 
-    def adjoint(self, state: Tensor) -> Tensor:
-        """As ``place``, but 0 where no element of the list lies: what reaches ``take`` from there is dropped."""
+    def leave_adjoint(self, state: Tensor) -> Tensor:
+        """The adjoint of :meth:`leave`: :meth:`enter`, with 0 on wires that hold no element of the list."""
         ...
 
 
 class OddEvenLists:
-    """See the module."""
+    """Lists in an odd-even network: each is on the first wires already."""
 
     def __init__(self, lengths: Tensor) -> None:
         self._lengths = lengths
 
-    def place(self, state: Tensor) -> Tensor:
+    def enter(self, state: Tensor) -> Tensor:
         return state
 
     def slope(self, layer: Layer, depth: int, slope: float | Tensor) -> float | Tensor:
@@ -59,15 +59,15 @@ class OddEvenLists:
         second = torch.arange(layer.pairs, device=self._lengths.device).view(-1, 1, 1, 1) * 2 + layer.offset + 1
         return (second < self._lengths) & (depth < self._lengths)
 
-    def take(self, state: Tensor) -> Tensor:
+    def leave(self, state: Tensor) -> Tensor:
         return state
 
-    def adjoint(self, state: Tensor) -> Tensor:
+    def leave_adjoint(self, state: Tensor) -> Tensor:
         return state
 
 
 class BitonicLists:
-    """See the module.
+    """Lists in a bitonic network: each begins behind the resting wires of its own blocks.
 
     Args:
         lengths: (lists,).
@@ -86,18 +86,18 @@ class BitonicLists:
         self._wire = torch.arange(wires, device=lengths.device).unsqueeze(-1)
         self._resting, self._steepness = resting, steepness
 
-    def place(self, state: Tensor) -> Tensor:
+    def enter(self, state: Tensor) -> Tensor:
         return self._moved(state, self._wire - self._start + self._resting)
 
-    def take(self, state: Tensor) -> Tensor:
+    def leave(self, state: Tensor) -> Tensor:
         return self._moved(state, self._wire - self._resting + self._start)
 
-    def adjoint(self, state: Tensor) -> Tensor:
+    def leave_adjoint(self, state: Tensor) -> Tensor:
         inside = (self._wire >= self._start) & (self._wire < self._end)
-        return self.place(state) * inside.unsqueeze(1)
+        return self.enter(state) * inside.unsqueeze(1)
 
     def _moved(self, state: Tensor, source: Tensor) -> Tensor:
-        # What is clamped lies on wires that no active pair touches, or is dropped in the end.
+        # Clamping only affects wires that no active pair touches, or that are dropped in the end.
         index = source.clamp(0, state.shape[0] - 1).unsqueeze(1).expand(-1, state.shape[1], -1)
         return state.gather(0, index)
 

@@ -4,10 +4,9 @@ A comparator puts min(a, b) on one wire and max(a, b) on the other. Softened, wi
 
     smaller = f(x) a + f(-x) b        larger = f(-x) a + f(x) b
 
-where f is a distribution function with f(x) + f(-x) = 1.
-Which f matters: the logistic and the Gaussian saturate, so a wrong order far away gives vanishing gradients
-and outputs that are not monotone in the inputs; the Cauchy and the reciprocal have heavy tails; the "optimal"
-one is the monotone one of least error.
+where f is a distribution function with f(x) + f(-x) = 1. The choice of f matters: the logistic and the Gaussian
+saturate, so for two values far apart in the wrong order gradients vanish, and outputs are not monotone in the
+inputs. The Cauchy and the reciprocal have heavy tails. The "optimal" one is the monotone f of least error.
 
 ============  =======================================================  ==========================
 swap          f(x)                                                     the tail f(-y), y >= 0
@@ -24,11 +23,11 @@ Sources: Petersen et al., "Differentiable sorting networks for scalable sorting 
 optimal).
 
 **Logarithms.** ``log f(x)`` is ``log`` of the tail for x < 0 and ``log1p(-tail)`` for x >= 0. No tail is
-computed as one minus something; where it would underflow (logistic, Gaussian) its logarithm has a formula of
-its own, for the Gaussian far away the asymptotic series of Mills' ratio, whose derivatives keep all their digits.
-What remains: the Gaussian's logarithm grows with the square. At steepness * distance = 1e7 it is 5e13, where float64
-numbers are 0.008 apart, and so is the difference of two paths through the network: there gradients and Hessians are
-good to 1e-3 relative (measured 1.7e-4), not to 1e-4.
+computed as one minus something. Where it would underflow (logistic, Gaussian) its logarithm has a formula of
+its own: for the Gaussian far away the asymptotic series of Mills' ratio, whose derivatives keep all their digits.
+One limit remains: the Gaussian's logarithm grows with the square. At steepness * distance = 1e7 it is 5e13, where
+float64 numbers are 0.008 apart; the difference of two paths through the network is rounded to that. There gradients
+and Hessians are good to 1e-3 relative (measured 1.7e-4), not to 1e-4.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def _optimal_tail(y: Tensor) -> Tensor:
 
 
 def _reciprocal_tail(y: Tensor) -> Tensor:
-    # The same number twice. f'' jumps at 0, and with abs its value there is 0, the mean of both sides.
+    # Both formulas give the same number. f'' jumps at 0; through abs its value there is 0, the mean of both sides.
     return torch.where(y <= 1, 0.5 * (1 - y / (2 + y.abs())), 1 / (2 + y))
 
 
@@ -88,8 +87,8 @@ _FAR = 40.0  # from here on the series below is exact in float64
 def _log_gaussian_tail(y: Tensor) -> Tensor:
     """``log Phi(-y) = -y^2/2 - log(sqrt(2 pi) y) - t + 5/2 t^2 - 37/3 t^3 + 353/4 t^4 - ...``, t = 1/y^2, for large y.
 
-    The logarithm of the asymptotic series of Mills' ratio. Nearer, erfcx; far away the derivatives of log(erfcx) would
-    be differences of numbers of the size of y and y^2.
+    This is the logarithm of the asymptotic series of Mills' ratio. For smaller y, erfcx; for large y the derivatives
+    of log(erfcx) would be differences of numbers of the size of y and y^2.
     """
     far = y > _FAR
     near = torch.where(far, 1.0, y)

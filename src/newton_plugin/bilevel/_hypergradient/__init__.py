@@ -1,1 +1,1 @@
-"""The gradient of an upper loss through the solution of a lower one."""
+"""The hypergradient: its formula (estimate.py), the linear system (solvers.py), calls of the closures (oracle.py)."""

@@ -24,11 +24,11 @@ from newton_plugin.bilevel._hypergradient.solvers import (
     stretch,
     truncated_conjugate_gradients,
 )
-from newton_plugin.bilevel._tensors import axpy, subtract
+from newton_plugin.bilevel._tensors import Vector, axpy, subtract
 
-__all__ = ["Estimate", "LinearSystem", "SolverState"]
+__all__ = ["POWER_ITERATIONS", "Estimate", "LinearSystem", "SolverState", "check_dependence", "inverse_bound"]
 
-Vector = list[Tensor]
+POWER_ITERATIONS = 10  # they estimate L at the first step
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class SolverState:
     """What a solver carries from step to step.
 
     Attributes:
-        solution: v, where the solver is "linear".
-        bound: the largest curvature seen so far, no dimensions, where the user gave no scale.
+        solution: v, if the solver is "linear".
+        bound: the largest curvature seen so far, no dimensions, if the user gave no scale.
     """
 
     solution: Vector | None = None
@@ -51,10 +51,10 @@ class Estimate:
     Attributes:
         value: F there, detached.
         h: in the shapes of x.
-        v: the solution that h was made with, in the shapes of y.
-        state: for the next step.
-        depends_on_x: whether F depends on x directly, so that grad_x F has to be evaluated elsewhere too.
-        lower_gradient: ``grad_y G`` there, if it was asked for. (Not the products: they hold a graph.)
+        v: the solution that h was computed with, in the shapes of y.
+        state: of the solver, for the next step.
+        depends_on_x: whether F depends on x directly; if not, grad_x F is zero at every other point too.
+        lower_gradient: ``grad_y G`` there, if it was asked for. The products are not kept: they hold a graph.
     """
 
     value: Tensor
@@ -67,7 +67,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LinearSystem:
-    """How v is found: "neumann", "linear" or "cg", with so many terms and this scale (None: 1/L, estimated)."""
+    """How v is found.
+
+    Attributes:
+        solver: "neumann", "linear" or "cg".
+        terms: of the series, or iterations.
+        scale: None stands for 1/L, estimated.
+        hvp: "autograd" or "finite_difference".
+    """
 
     solver: str
     terms: int
@@ -90,8 +97,8 @@ class LinearSystem:
     def again(self, oracle: Oracle, state: SolverState, v: Vector, depends_on_x: bool) -> Vector:
         """h on the same samples at another point, for STORM.
 
-        "linear" treats v as a variable of its own: h(x, y, v). The v that belongs to the old point is the one
-        used there, so neither ``grad_y F`` nor ``D2_yy G`` is needed, nor F at all if it does not contain x.
+        "linear" treats v as a variable of its own, h(x, y, v), and takes the v that was used at the other point. So
+        neither ``grad_y F`` nor ``D2_yy G`` is needed, and F is not evaluated if it does not contain x.
         """
         if self.solver != "linear":
             return self.estimate(oracle, state).h
@@ -101,9 +108,9 @@ class LinearSystem:
         return subtract(oracle.upper_gradients().x, dxy)
 
     def _carried(self, products: Products, b: Vector, state: SolverState) -> tuple[Vector, Vector, SolverState]:
-        """v as it was carried here; one step ``v - s (H v - b)`` for the next time, from the same backward pass."""
+        """v from the step before; the same backward pass gives the step ``v - s (H v - b)`` for the next time."""
         v = state.solution
-        if v is None:  # the first time: as many steps from zero as the user gives terms
+        if v is None:  # the first time: ``terms`` steps from zero
             v, state = self._solved(products, b, state)
         hv, dxy = products.both(v)
         if self.scale is None:
@@ -133,16 +140,13 @@ class LinearSystem:
         return replace(state, bound=bound)
 
 
-POWER_ITERATIONS = 10
-
-
 def inverse_bound(bound: Tensor) -> Tensor:
-    """``1/L``, and 1 where no curvature was seen (then the products are zero and any step will do)."""
+    """``1/L``; 1 where no curvature was seen, because the products are then zero and any step will do."""
     return torch.where(bound > 0, 1 / bound, 1.0)
 
 
 def check_dependence(depends: bool) -> None:
-    """Raise unless the upper parameters can be felt somewhere."""
+    """Raise unless one of the losses depends on the upper parameters."""
     if not depends:
         raise NoGradientError(
             "neither loss depends on upper_params: upper_closure's has no gradient in them, and lower_closure's "

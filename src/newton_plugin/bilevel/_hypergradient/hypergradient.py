@@ -1,4 +1,4 @@
-"""The hypergradient as a function: one number of calls, no optimizer."""
+"""The hypergradient as a function, without an optimizer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import check_choice, check_positive
-from newton_plugin.bilevel._errors import NotConvergedError
+from newton_plugin.bilevel._errors import NotConvergedError, check_count
 from newton_plugin.bilevel._hypergradient.estimate import POWER_ITERATIONS, check_dependence, inverse_bound
 from newton_plugin.bilevel._hypergradient.oracle import Oracle
 from newton_plugin.bilevel._hypergradient.products import lower_products
 from newton_plugin.bilevel._hypergradient.solvers import conjugate_gradients, largest_eigenvalue, richardson
-from newton_plugin.bilevel._parameters import check_count, check_disjoint, tensors_of
+from newton_plugin.bilevel._parameters import check_disjoint, tensors_of
 from newton_plugin.bilevel._tensors import subtract
 
 __all__ = ["hypergradient"]
 
-# Iterations before giving up, where the user names a tolerance and no number: CG ends after dim(y) in exact
-# arithmetic, some multiples of it in floating point; the plain iteration needs condition-number many.
+# Most iterations where the user gives no number of terms. CG ends after dim(y) iterations in exact arithmetic and
+# after some multiple of dim(y) in floating point; the plain iteration needs about as many as the condition number.
 _CG_LIMIT = 5_000
 _LINEAR_LIMIT = 20_000
 _NEUMANN_TERMS = 10
@@ -42,18 +42,20 @@ def hypergradient(
 
     .. math:: h = \nabla_x F - \nabla^2_{xy} G \, v, \qquad \nabla^2_{yy} G \, v = \nabla_y F
 
-    The lower level must be at its minimum (or near it: the formula is evaluated at the current parameters), and
-    strongly convex there. Parameters, their ``.grad`` and, on any evaluation but each closure's first, random
-    state and module buffers are left as they are.
+    The lower level must be at its minimum, or near it: the formula is evaluated at the current parameters. The lower
+    loss must be strongly convex there. Parameters and their ``.grad`` are left as they are; so are random state and
+    module buffers, except by each closure's first evaluation.
 
     Args:
-        upper_closure, lower_closure: take nothing, return F and G at the current parameters, a scalar; no backward.
+        upper_closure, lower_closure: functions without arguments that return F and G at the current parameters, a
+            scalar each, without ``backward()``.
         upper_params, lower_params: x and y, any iterables of tensors.
         solver: "cg", conjugate gradients; "linear", the iteration ``v - scale (H v - b)``; both to ``tol``.
             "neumann": exactly the first ``terms`` terms of ``scale sum_q (I - scale H)^q grad_y F``, identity term
             and factor included.
-        terms: most products to make; None: 10 for "neumann", otherwise as many as ``tol`` asks for, within reason.
-            With ``terms``, "cg" and "linear" return what they have after so many, whatever the curvature.
+        terms: the largest number of products. None: 10 for "neumann", otherwise as many as ``tol`` asks for, up to
+            5,000 ("cg") or 20,000 ("linear"). With ``terms``, "cg" and "linear" return what they have after so many,
+            whatever the curvature.
         scale: at most 1/L, L the largest eigenvalue of ``D2_yy G``; it is not the learning rate. None: 1/L by
             ten power iterations.
         tol: residual relative to ``||grad_y F||``; None: eps^(3/4) of the dtype, 2e-12 in float64 and 6e-6 in
@@ -69,7 +71,7 @@ def hypergradient(
         NoGradientError: a loss is detached, or does not depend on the parameters it should depend on.
         DoubleBackwardError: an operation of the lower loss has no second derivative.
 
-    With ``"cg"`` and ``"linear"`` it waits for the device once or twice an iteration.
+    With "cg" and "linear" the host waits for the device once or twice an iteration.
 
     Source: implicit differentiation; Pedregosa, ICML 2016 (conjugate gradients); Lorraine et al., AISTATS 2020
     (Neumann series); Grazzi et al., ICML 2020 (the fixed point).

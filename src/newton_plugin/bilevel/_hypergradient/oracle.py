@@ -1,8 +1,8 @@
 """What a method may ask of the two closures: gradients and products with second derivatives, counted.
 
-The closures read the *current* parameters, so asking about another point means writing it into the parameters
-(in place, without a new version of the module: views, cuDNN's flat weights and compiled code stay valid) and
-writing the old values back. An :class:`Oracle` lives for one step and knows where home is.
+The closures read the *current* parameters. To evaluate them at another point, its values are written into the
+parameters, and afterwards the old values are written back. Writing in place keeps the module itself: views, cuDNN's
+flat weights and compiled code stay valid. An :class:`Oracle` lives for one step.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError
 from newton_plugin.bilevel._hypergradient.replay import Replay
 from newton_plugin.bilevel._tensors import assign, zeros_like
 
-__all__ = ["Oracle", "OracleCalls", "UpperGradients"]
+__all__ = ["Closure", "Oracle", "OracleCalls", "UpperGradients", "filled"]
 
 Closure = Callable[[], Tensor]
 
 
 @dataclass
 class OracleCalls:
-    """How often the problem was asked, since the optimizer was made: the currency in which methods are compared.
+    """The number of derivatives taken since the optimizer was made; methods are compared at equal numbers.
 
     Attributes:
         upper_gradients: gradients of the upper loss F, with respect to both levels at once.
         lower_gradients: gradients of the lower loss G.
-        products: ``D2_yy G v`` and ``D2_xy G v``, each counts, also where one backward pass gives both. By finite
-            differences no product is counted but its two gradients.
+        products: ``D2_yy G v`` and ``D2_xy G v``. Each counts, also where one backward pass gives both. A product by
+            finite differences is not counted here; its two gradients are, in ``lower_gradients``.
     """
 
     upper_gradients: int = 0
@@ -58,9 +58,9 @@ class Oracle:
     """The upper loss F(x, y) and the lower loss G(x, y) of one step, on one sample each.
 
     Args:
-        upper_closure, lower_closure: return F and G at the current parameters. Either may be None if not asked for.
+        upper_closure, lower_closure: return F and G at the current parameters. None for a loss that is not needed.
         upper, lower: x and y, tensors that require grad.
-        calls: where calls are counted.
+        calls: the counter.
         inspects_graphs: whether the lower loss's graph is searched for operations that cannot be differentiated
             twice; an optimizer does so at its first step only.
     """
@@ -87,7 +87,7 @@ class Oracle:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Copies of x and y as they are now; written back if the block ends by an exception."""
+        """Copies of x and y as they are now; they are written back if the block raises."""
         x, y = [p.detach().clone() for p in self.upper], [p.detach().clone() for p in self.lower]
         try:
             yield x, y
@@ -116,7 +116,7 @@ class Oracle:
         return UpperGradients(value.detach(), filled(x, self.upper), filled(y, self.lower), depends)
 
     def lower_loss(self, same: bool = True) -> Tensor:
-        """G with its graph: on this step's sample, or on whatever the closure draws now."""
+        """G with its graph: on this step's ``same`` sample, or on a new one."""
         value = self._evaluate("lower_closure", same)
         self.calls.lower_gradients += 1
         return value
@@ -126,7 +126,7 @@ class Oracle:
         return self._lower_gradient(self.lower_loss(same))
 
     def lower_value_and_gradient(self, repeats: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """G and its gradient in y on a fresh sample; buffers move on each time unless it ``repeats`` the batch."""
+        """G and its gradient in y on a new sample. Unless it ``repeats`` a batch, the evaluation updates buffers."""
         if not repeats:
             self._replay.forget()
         value = self.lower_loss(same=False)
@@ -164,5 +164,5 @@ class Oracle:
 
 
 def filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros where there is no gradient."""
+    """The gradients, detached, with zeros in place of None."""
     return [zeros_like([p])[0].detach() if g is None else g.detach() for g, p in zip(gradients, like, strict=True)]

@@ -4,16 +4,15 @@ Both blocks of the Hessian that a hypergradient needs multiply the *same* kind o
 
     D2_yy G v = d/dy <grad_y G, v>          D2_xy G v = d/dx <grad_y G, v>
 
-so one backward pass through the graph of ``grad_y G`` gives both (:class:`AutogradProducts`; the graph is built
-once and serves every product of the solve). Where that graph does not exist, because an operation such as a cuDNN
-LSTM has no second derivative, central differences of the plain gradient give both as well
-(:class:`DifferenceProducts`)::
+so one backward pass through the graph of ``grad_y G`` gives both (:class:`AutogradProducts`). The graph is built once
+and serves every product of the solve. Where an operation has no second derivative, as in a cuDNN LSTM, that graph does
+not exist; then central differences of the gradient give both products (:class:`DifferenceProducts`)::
 
     D2 G v  =  ( grad G(x, y + d u) - grad G(x, y - d u) ) / 2d * ||v||  +  O(d^2),      u = v / ||v||
 
 with ``d = eps^(1/3) (1 + ||y||)``, where truncation and rounding balance: about 10 digits in float64 and 4
-in float32. Two first-order passes cost about what building the graph and passing through it once costs, and no
-graph is kept.
+in float32. Two first-order passes cost about as much as building the graph and passing through it once, and no graph
+is kept.
 """
 
 from __future__ import annotations
@@ -27,15 +26,13 @@ from torch import Tensor
 from newton_plugin._errors import SingularCurvatureError
 from newton_plugin.bilevel._errors import DoubleBackwardError
 from newton_plugin.bilevel._hypergradient.oracle import Oracle, filled
-from newton_plugin.bilevel._tensors import axpy, norm, scale, subtract
+from newton_plugin.bilevel._tensors import Vector, axpy, norm, scale, subtract
 
 __all__ = ["AutogradProducts", "DifferenceProducts", "Products", "lower_products"]
 
-Vector = list[Tensor]
-
 
 class AutogradProducts:
-    """By a second backward pass, exact.
+    """Products by a second backward pass, exact.
 
     Attributes:
         gradient: ``grad_y G``.
@@ -48,13 +45,13 @@ class AutogradProducts:
         graph = torch.autograd.grad(oracle.lower_loss(), oracle.lower, create_graph=True, allow_unused=True)
         oracle.check_lower(graph)
         self.gradient = filled(graph, oracle.lower)
-        # Where grad_y G is a constant there is nothing to differentiate.
+        # Tensors of grad_y G that are constant have no second derivative.
         self._live = [i for i, g in enumerate(graph) if g is not None and g.requires_grad]
         self._graph = [g for g in graph if g is not None and g.requires_grad]
         if not self._graph:
             raise SingularCurvatureError(_NO_CURVATURE)
         if oracle.inspects_graphs and _has_dead_end(self._graph):
-            raise DoubleBackwardError(_once("it is marked once_differentiable"))
+            raise DoubleBackwardError(_message("it is marked once_differentiable"))
 
     def lower(self, v: Sequence[Tensor]) -> Vector:
         """``D2_yy G v``, in the shape of y."""
@@ -77,7 +74,7 @@ class AutogradProducts:
         except (RuntimeError, NotImplementedError) as error:
             if not _no_second_derivative(error):
                 raise
-            raise DoubleBackwardError(_once(_first_line(error))) from error
+            raise DoubleBackwardError(_message(_first_line(error))) from error
         if y and all(g is None for g in found[len(x) :]):
             raise SingularCurvatureError(_NO_CURVATURE)
         self.depends_on_x |= any(g is not None for g in found[: len(x)])
@@ -94,8 +91,8 @@ _NO_CURVATURE = (
 def _has_dead_end(gradients: Sequence[Tensor]) -> bool:
     """Whether a gradient went through a backward that is marked once_differentiable.
 
-    ``autograd.grad`` does not raise there: it asks only for paths to its inputs, and that mark is a path's end, so
-    what lies behind would silently be missing from the product.
+    ``autograd.grad`` does not raise there. It follows paths to its inputs, and that mark ends a path, so the terms
+    behind the mark would silently be missing from the product.
     """
     stack: list[Any] = [g.grad_fn for g in gradients]
     visited = set(stack)
@@ -109,7 +106,7 @@ def _has_dead_end(gradients: Sequence[Tensor]) -> bool:
     return False
 
 
-def _once(why: str) -> str:
+def _message(why: str) -> str:
     return (
         f"the lower loss contains an operation without a second derivative ({why}). Use "
         'hvp="finite_difference", which needs first derivatives only; recurrent layers on cuDNN, fused '
@@ -128,7 +125,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class DifferenceProducts:
-    """By central differences of first derivatives, on the same sample; attributes as above."""
+    """Products by central differences of first derivatives, on the same sample; the attributes are the same."""
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle

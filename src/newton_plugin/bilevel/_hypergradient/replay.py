@@ -1,14 +1,14 @@
-"""Evaluate a loss again on the same sample: same dropout mask, same draws, and no trace in buffers.
+"""Evaluate a loss again on the same sample: same dropout mask, same random numbers, buffers as they were.
 
-A bilevel step evaluates each closure several times. Two things would then go wrong without anybody noticing:
+A bilevel step evaluates each closure several times. Two things would then go wrong unnoticed:
 
 * *Random numbers.* STORM subtracts the hypergradient of the *same sample* at the old point. The state of the
-  generators (CPU, and the devices of the parameters) is kept before the first evaluation and put back before
-  each later one; afterwards the stream goes on where the first evaluation left it.
+  generators (CPU, and the devices of the parameters) is saved before the first evaluation and restored before each
+  later one. Afterwards the generators continue where the first evaluation left them.
 * *Buffers.* A BatchNorm that sees one batch five times in a step would advance its running statistics five
-  times. The first evaluation of a closure advances them, as in any training; later ones are given copies of the
-  buffers, which are thrown away. The modules are found by a forward pre-hook on every module, so nobody has to
-  list them; TorchScript modules keep their buffers to themselves and are not covered.
+  times. The first evaluation of a closure advances them, as in any training; later evaluations work on copies of
+  the buffers, which are thrown away. A forward pre-hook on every module finds the modules, so the user does not list
+  them. The buffers of TorchScript modules cannot be replaced; those modules are not covered.
 
 A closure that draws from generator objects of its own, from ``random`` or from NumPy is not replayed: draw such
 samples before the step, outside the closure.
@@ -50,7 +50,10 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
 
 
 class _Lender:
-    """A forward pre-hook that gives modules copies of their buffers (an object: torch.compile looks into closures)."""
+    """A forward pre-hook that gives modules copies of their buffers.
+
+    It is an object and not a function, because torch.compile looks into closures.
+    """
 
     def __init__(self) -> None:
         self.owned: dict[nn.Module, dict[str, Tensor | None]] = {}
@@ -76,7 +79,7 @@ def borrowed_buffers() -> Iterator[None]:
     handle = register_module_forward_pre_hook(lender)
     try:
         with warnings.catch_warnings():
-            # torch.compile mentions that a global hook fires for its wrapper as well, which is welcome here.
+            # torch.compile warns that a global hook fires for its wrapper as well, which is intended here.
             warnings.filterwarnings("ignore", "Using `torch.compile.module.` when there are global hooks")
             yield
     finally:
@@ -85,7 +88,7 @@ def borrowed_buffers() -> Iterator[None]:
 
 
 class Replay:
-    """The samples of one step: what was drawn when a closure was first evaluated."""
+    """The samples of one step, each as it was when its closure was first evaluated."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         devices = dict.fromkeys(t.device for t in tensors)
@@ -94,18 +97,18 @@ class Replay:
         self._evaluated: set[str] = set()
 
     def forget(self) -> None:
-        """The next evaluation of each closure is a first one again."""
+        """Let the next evaluation of each closure be a first one again."""
         self._states.clear()
         self._evaluated.clear()
 
     def fresh(self, name: str, closure: Callable[[], Any]) -> Any:
-        """Evaluate on whatever the generators give next."""
+        """Evaluate on a new sample, drawn from the generators as they are."""
         with borrowed_buffers() if name in self._evaluated else nullcontext():
             self._evaluated.add(name)
             return closure()
 
     def same(self, name: str, closure: Callable[[], Any]) -> Any:
-        """Evaluate on the sample of the first call of this method; that one is fresh."""
+        """Evaluate on the sample of the first call of this method, which draws a new one."""
         if name not in self._states:
             self._states[name] = RandomState(self._devices)
             return self.fresh(name, closure)

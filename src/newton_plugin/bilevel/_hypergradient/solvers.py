@@ -1,13 +1,14 @@
-r"""``v ~ H^-1 b`` for the lower Hessian ``H = D2_yy G`` and ``b = grad_y F``, from products alone.
+r"""Solve ``H v = b`` for the lower Hessian ``H = D2_yy G`` and ``b = grad_y F``, from products alone.
 
 * :func:`richardson`: gradient descent on ``1/2 v'Hv - b'v``, ``v <- v - s (H v - b)``. From v = 0, Q steps are
   exactly the Neumann series ``s sum_{q<Q} (I - s H)^q b``; the first needs no product. One step from the v of the
-  last iteration is the "linear" solver of SOBA and its children. Both need ``s < 2/L``, L the largest eigenvalue.
-* :func:`conjugate_gradients`: the best approximation in the same Krylov space; to a tolerance, or
-  :func:`truncated_conjugate_gradients`, so many iterations without a host synchronisation.
+  last iteration is the "linear" solver of SOBA and the methods derived from it. Both need ``s < 2/L``, L the largest
+  eigenvalue.
+* :func:`conjugate_gradients`: the best approximation in the same Krylov space, to a tolerance.
+  :func:`truncated_conjugate_gradients` makes a fixed number of iterations without a host synchronisation.
 
-:func:`largest_eigenvalue` finds L for those who do not know it. Every product also shows ``||H u|| / ||u|| <= L``
-for free, so an L that was too small, or has grown, is corrected while solving.
+:func:`largest_eigenvalue` estimates L. Every product also gives ``||H u|| / ||u|| <= L`` at no cost, so an L that was
+too small, or has grown, is corrected while solving.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import SingularCurvatureError
-from newton_plugin.bilevel._tensors import add, axpy, axpy_, dot, norm, scale, xpay_, zeros_like
+from newton_plugin.bilevel._tensors import Vector, add, axpy, axpy_, dot, norm, scale, xpay_, zeros_like
 
 __all__ = [
     "conjugate_gradients",
@@ -30,7 +31,6 @@ __all__ = [
     "truncated_conjugate_gradients",
 ]
 
-Vector = list[Tensor]
 Product = Callable[[Sequence[Tensor]], Vector]
 
 
@@ -39,9 +39,9 @@ class Solution(NamedTuple):
 
     Attributes:
         v: the solution.
-        residual: ``||b - H v|| / ||b||``; NaN where it was not asked for.
-        stretch: the largest ``||H u|| / ||u||`` that was seen, a lower bound of L; no dimensions. None where
-            nobody asked.
+        residual: ``||b - H v|| / ||b||``; NaN if it was not computed.
+        stretch: the largest ``||H u|| / ||u||`` that was seen, a lower bound of L; no dimensions. None if it was not
+            computed.
     """
 
     v: Vector
@@ -60,8 +60,8 @@ def richardson(
 ) -> Solution:
     """``s sum_{q<terms} (I - s H)^q b``; with ``tol``, until the residual is ``tol ||b||`` if that comes first.
 
-    ``p_q = (I - s H)^q b`` is the term and also the residual of the sum of the terms before it, so that the test
-    costs nothing but a host synchronisation. With ``watch`` it notes the curvature that it meets.
+    ``p_q = (I - s H)^q b`` is both the term and the residual of the sum of the terms before it, so the test costs
+    a host synchronisation and no product. With ``watch`` it records the largest curvature that it meets.
     """
     p, total = b, b
     largest = norm(b).new_zeros(()) if watch else None
@@ -85,7 +85,7 @@ def conjugate_gradients(product: Product, b: Vector, *, terms: int, tol: float, 
     """Conjugate gradients from v = 0 until the residual is ``tol ||b||``, or for ``terms`` iterations.
 
     Coefficients are numbers of the host: two synchronisations an iteration on an accelerator, and no other overhead.
-    Where it meets a direction of non-positive curvature it stops, or raises if ``strict``.
+    At a direction of non-positive curvature it stops, or raises if ``strict``.
 
     Raises:
         SingularCurvatureError: ``strict``, and H is not positive definite.
@@ -97,17 +97,17 @@ def conjugate_gradients(product: Product, b: Vector, *, terms: int, tol: float, 
         if squared**0.5 <= target:
             break
         hp = product(p)
-        bend = float(dot(p, hp))
-        if not bend > 0:
+        curvature = float(dot(p, hp))
+        if not curvature > 0:
             if strict:
                 raise SingularCurvatureError(
                     "lower_closure: its second derivative in lower_params is not positive definite here (curvature "
-                    f"{bend / float(dot(p, p)):.3g} along a search direction). (a) The lower level is not at a "
+                    f"{curvature / float(dot(p, p)):.3g} along a search direction). (a) The lower level is not at a "
                     "minimum: train it further. (b) It has flat directions: add weight decay to the lower loss. "
                     '(c) It is not convex: give terms=, which truncates, or solver="neumann".'
                 )
             break
-        alpha = squared / bend
+        alpha = squared / curvature
         axpy_(alpha, p, v)
         axpy_(-alpha, hp, r)
         before, squared = squared, float(dot(r, r))
@@ -116,15 +116,18 @@ def conjugate_gradients(product: Product, b: Vector, *, terms: int, tol: float, 
 
 
 def truncated_conjugate_gradients(product: Product, b: Vector, terms: int) -> Vector:
-    """The v of ``terms`` iterations, without waiting for the device; it stands still where the former would stop."""
+    """v after ``terms`` iterations, without waiting for the device.
+
+    Where :func:`conjugate_gradients` would stop, the remaining iterations change nothing.
+    """
     v, r, p = zeros_like(b), b, b
     squared = dot(r, r)
     moving = squared > 0
     for _ in range(terms):
         hp = product(p)
-        bend = dot(p, hp)
-        moving = moving & (bend > 0)
-        alpha = torch.where(moving, squared / bend, 0.0)
+        curvature = dot(p, hp)
+        moving = moving & (curvature > 0)
+        alpha = torch.where(moving, squared / curvature, 0.0)
         v = axpy(alpha, p, v)
         r = axpy(-alpha, hp, r)
         before, squared = squared, dot(r, r)
@@ -144,7 +147,8 @@ def _relative(residual: float, b: Vector) -> float:
 def largest_eigenvalue(product: Product, b: Vector, iterations: int) -> Tensor:
     """A lower bound of ``||H||``, close to it, by power iteration from b; no dimensions, 0 for b = 0.
 
-    From b, and not from noise: the series lives in the Krylov space of b, and no random number is drawn.
+    The iteration starts from b and not from noise: the series lies in the Krylov space of b, and no random number is
+    drawn.
     """
     found = norm(b).new_zeros(())
     u = b

@@ -1,1 +1,1 @@
-"""Stochastic bilevel optimizers: one file each, and what they share (optimizer.py)."""
+"""The optimizers, one file each; optimizer.py is what they share, options.py the arguments of their constructors."""

@@ -1,20 +1,16 @@
-"""AccBO: normalised steps along a variance-reduced hypergradient, Nesterov's method with averaging below."""
+"""AccBO: normalised upper steps along a variance-reduced hypergradient; Nesterov's method with averaging below."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
-
-from newton_plugin._errors import check_choice, check_positive
-from newton_plugin.bilevel._hypergradient.estimate import LinearSystem
+from newton_plugin._errors import check_choice
 from newton_plugin.bilevel._hypergradient.oracle import Oracle
 from newton_plugin.bilevel._methods.optimizer import BilevelOptimizer, Params, Update
-from newton_plugin.bilevel._tensors import axpy_each, lerp, subtract
+from newton_plugin.bilevel._methods.options import Options
+from newton_plugin.bilevel._tensors import Vector, axpy_each, lerp, subtract
 
 __all__ = ["AccBO"]
-
-Vector = list[Tensor]
 
 
 class AccBO(BilevelOptimizer):
@@ -40,30 +36,30 @@ class AccBO(BilevelOptimizer):
         beta: how much of the past the upper direction keeps, in [0, 1].
         gamma, tau: momentum and averaging of the lower level, in [0, 1]; 0 and 1 are plain gradient steps.
         solver: how v is found. "linear" carries v along and makes one step ``v - scale (D2_yy G v - grad_y F)`` for
-            the next time (``terms`` of them at the very first); "neumann" sums ``terms`` terms of
+            the next time (at the very first step, ``terms`` of them); "neumann" sums ``terms`` terms of
             ``scale sum_q (I - scale D2_yy G)^q grad_y F`` anew; "cg" makes ``terms`` iterations of conjugate gradients.
         terms: see ``solver``.
         scale: at most 1/L, L the largest eigenvalue of ``D2_yy G``: it is *not* the learning rate. None: 1/L from
-            ten power iterations at the first step, lowered whenever a product shows more curvature.
-        estimator: "storm" is the paper's. It evaluates both losses at the previous point too and cancels noise that
-            is the same there; choose it where the lower level has little noise. "ema" averages; preferable where
-            the lower level is noisy, and a third cheaper.
+            ten power iterations at the first step; the scale is lowered whenever a product shows more curvature.
+        estimator: "storm" is the paper's. It also evaluates both losses at the previous point, and cancels the noise
+            that is the same at both; choose it where the lower level has little noise. "ema" is a moving average: a
+            third cheaper, and preferable where the lower level is noisy.
         lower_steps, lower_every: the lower level moves ``lower_steps`` times at every ``lower_every``-th
             step (the paper's option II), and not in between.
         hvp: "autograd", or "finite_difference" for lower models that cannot be differentiated twice (recurrent layers
             on cuDNN, fused attention, torch.compile).
-        eps: ``||m||`` below this counts as this.
+        eps: the least value of ``||m||`` that the step is divided by.
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument outside its rule.
 
     The paper's rate, O(eps^-3) calls in place of O(eps^-4), holds only where the variance of the lower level's
-    gradient is O(eps): large lower batches, or a lower level without noise. See ``docs/bilevel.md`` for what was
-    measured: at equal calls AccBO did not beat :class:`MASOBA` outside that regime, so try that one first.
+    gradient is O(eps): large lower batches, or a lower level without noise. Measured at equal calls, AccBO did not beat
+    :class:`MASOBA` outside that regime (``docs/bilevel.md``), so try MASOBA first.
 
-    As implemented: the algorithm above, with "neumann" as in the paper. "linear" comes from SOBA: h uses the v that was
-    carried to the step and h_old the v that belonged to the old point, so that STORM sees v as a third variable and
-    one backward pass gives both products.
+    As implemented: the algorithm above; "neumann" is the paper's solver. "linear" comes from SOBA: h uses the v that
+    was carried to this step, h_old the v that belonged to the old point. So STORM treats v as a third variable, and one
+    backward pass gives both products.
 
     Example, ``F = 1/2 (y - 1)^2`` above ``G = 1/2 (y - x)^2``, so that ``y* = x`` and the best x is 1:
         >>> import torch
@@ -76,7 +72,7 @@ class AccBO(BilevelOptimizer):
         True
     """
 
-    _own_settings = ("_estimator", "_eps")
+    _own_settings = ("_estimator",)
 
     def __init__(
         self,
@@ -99,30 +95,34 @@ class AccBO(BilevelOptimizer):
     ) -> None:
         check_choice("estimator", estimator, ("storm", "ema"))
         self._estimator = estimator
-        self._eps = check_positive("eps", eps)
         super().__init__(
             upper_params,
             lower_params,
-            upper_defaults={"lr": lr_upper, "beta": beta},
-            lower_defaults={"lr": lr_lower, "gamma": gamma, "tau": tau},
-            system=LinearSystem(solver, terms, scale, hvp),
-            lower_steps=lower_steps,
-            lower_every=lower_every,
+            Options(
+                {"upper": {"lr": lr_upper, "beta": beta}, "lower": {"lr": lr_lower, "gamma": gamma, "tau": tau}},
+                solver=solver,
+                terms=terms,
+                scale=scale,
+                hvp=hvp,
+                lower_steps=lower_steps,
+                lower_every=lower_every,
+                eps=eps,
+            ),
         )
 
     def _advance(self, oracle: Oracle, x: Vector, y: Vector) -> Update:
         previous = self._read(oracle.lower, "previous", y)
         average = self._read(oracle.lower, "average", y)
         if self._lower_due():
-            for _ in range(self._lower_steps):
+            for _ in range(self._options.lower_steps):
                 w = self._extrapolated(y, previous)
                 oracle.place(y=w)
                 previous, y = y, self._descended("lower", w, oracle.lower_gradient())
                 average = lerp(average, y, self._each("lower", "tau"))
 
-        start = self._solver_state(oracle.lower)
+        system, start = self._options.system, self._solver_state(oracle.lower)
         oracle.place(y=average)
-        new = self._system.estimate(oracle, start)
+        new = system.estimate(oracle, start)
         if self._estimator == "ema" or not self._started(oracle):
             m = self._averaged(oracle, "momentum", new.h)
         else:
@@ -130,7 +130,7 @@ class AccBO(BilevelOptimizer):
             y_old = self._read(oracle.lower, "point", average)
             v_old = self._read(oracle.lower, "point_solution", new.v)
             oracle.place(x_old, y_old)
-            h_old = self._system.again(oracle, start, v_old, new.depends_on_x)
+            h_old = system.again(oracle, start, v_old, new.depends_on_x)
             kept = subtract(self._read(oracle.upper, "momentum", h_old), h_old)
             m = axpy_each(self._each("upper", "beta"), kept, new.h)
 
@@ -138,7 +138,7 @@ class AccBO(BilevelOptimizer):
         lower_state: dict[str, Any] = {"previous": previous, "average": average}
         if self._estimator == "storm":
             upper_state["point"], lower_state["point"], lower_state["point_solution"] = x, average, new.v
-        return Update(new.value, self._normalized(x, m, self._eps), y, new.state, upper_state, lower_state)
+        return Update(new.value, self._normalized(x, m), y, new.state, upper_state, lower_state)
 
     def _started(self, oracle: Oracle) -> bool:
         return any("momentum" in self.state[p] for p in oracle.upper)

@@ -1,19 +1,15 @@
-"""BO-REP: normalised momentum above, periodic plain steps below."""
+"""BO-REP: normalised momentum at the upper level, plain steps at the lower level, every so many steps."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from newton_plugin._errors import check_positive
-from newton_plugin.bilevel._hypergradient.estimate import LinearSystem
 from newton_plugin.bilevel._hypergradient.oracle import Oracle
 from newton_plugin.bilevel._methods.optimizer import BilevelOptimizer, Params, Update
+from newton_plugin.bilevel._methods.options import Options
+from newton_plugin.bilevel._tensors import Vector
 
 __all__ = ["BOREP"]
-
-Vector = list[Tensor]
 
 
 class BOREP(BilevelOptimizer):
@@ -26,8 +22,8 @@ class BOREP(BilevelOptimizer):
         m = beta m + (1 - beta) h
         x = x - lr_upper m / ||m||                           one norm over all upper tensors
 
-    It is for upper losses whose smoothness grows with their gradient (recurrent networks): a normalised step is
-    short whatever the gradient.
+    For upper losses whose second derivative grows with their gradient (recurrent networks): a normalised step is short
+    even where the gradient is large.
 
     Args:
         upper_params, lower_params, lr_upper, lr_lower, beta, solver, terms, scale, lower_steps, lower_every, hvp,
@@ -47,8 +43,6 @@ class BOREP(BilevelOptimizer):
         True
     """
 
-    _own_settings = ("_eps",)
-
     def __init__(
         self,
         upper_params: Params,
@@ -65,19 +59,23 @@ class BOREP(BilevelOptimizer):
         hvp: Literal["autograd", "finite_difference"] = "autograd",
         eps: float = 1e-12,
     ) -> None:
-        self._eps = check_positive("eps", eps)
         super().__init__(
             upper_params,
             lower_params,
-            upper_defaults={"lr": lr_upper, "beta": beta},
-            lower_defaults={"lr": lr_lower},
-            system=LinearSystem(solver, terms, scale, hvp),
-            lower_steps=lower_steps,
-            lower_every=lower_every,
+            Options(
+                {"upper": {"lr": lr_upper, "beta": beta}, "lower": {"lr": lr_lower}},
+                solver=solver,
+                terms=terms,
+                scale=scale,
+                hvp=hvp,
+                lower_steps=lower_steps,
+                lower_every=lower_every,
+                eps=eps,
+            ),
         )
 
     def _advance(self, oracle: Oracle, x: Vector, y: Vector) -> Update:
         y = self._lower_descent(oracle, y)
-        new = self._system.estimate(oracle, self._solver_state(oracle.lower))
+        new = self._options.system.estimate(oracle, self._solver_state(oracle.lower))
         m = self._averaged(oracle, "momentum", new.h)
-        return Update(new.value, self._normalized(x, m, self._eps), y, new.state, {"momentum": m})
+        return Update(new.value, self._normalized(x, m), y, new.state, {"momentum": m})

@@ -1,18 +1,15 @@
-"""MA-SOBA: one loop, everything at one point, a moving average of the hypergradient."""
+"""MA-SOBA: one loop, all derivatives at one point, a moving average of the hypergradient."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from newton_plugin.bilevel._hypergradient.estimate import LinearSystem
 from newton_plugin.bilevel._hypergradient.oracle import Oracle
 from newton_plugin.bilevel._methods.optimizer import BilevelOptimizer, Params, Update
+from newton_plugin.bilevel._methods.options import Options
+from newton_plugin.bilevel._tensors import Vector
 
 __all__ = ["MASOBA"]
-
-Vector = list[Tensor]
 
 
 class MASOBA(BilevelOptimizer):
@@ -28,15 +25,15 @@ class MASOBA(BilevelOptimizer):
         y = y - lr_lower grad_y G
         x = x - lr_upper m
 
-    One gradient of each loss and one second backward pass a step, nothing evaluated twice.
+    A step takes one gradient of each loss and one second backward pass; nothing is evaluated twice.
 
     Args:
-        upper_params, lower_params, lr_lower, beta, terms, scale, hvp: see :class:`AccBO`. ``terms`` steps from
-            zero give the first v.
+        upper_params, lower_params, lr_lower, beta, terms, scale, hvp: see :class:`AccBO`. The first v is
+            ``terms`` steps from zero.
         lr_upper: learning rate of x; unlike AccBO's it multiplies m itself.
 
-    As implemented: x moves with the average that contains the newest h; the paper's moves with the one before, a lag of
-    one step.
+    As implemented: x moves with the average that contains the newest h. In the paper it moves with the average of the
+    step before.
 
     Example, ``F = 1/2 (y - 1)^2`` above ``G = 1/2 (y - x)^2``, so that ``y* = x`` and the best x is 1:
         >>> import torch
@@ -64,13 +61,18 @@ class MASOBA(BilevelOptimizer):
         super().__init__(
             upper_params,
             lower_params,
-            upper_defaults={"lr": lr_upper, "beta": beta},
-            lower_defaults={"lr": lr_lower},
-            system=LinearSystem("linear", terms, scale, hvp),
+            Options(
+                {"upper": {"lr": lr_upper, "beta": beta}, "lower": {"lr": lr_lower}},
+                solver="linear",
+                terms=terms,
+                scale=scale,
+                hvp=hvp,
+            ),
         )
 
     def _advance(self, oracle: Oracle, x: Vector, y: Vector) -> Update:
-        new = self._system.estimate(oracle, self._solver_state(oracle.lower), lower_gradient=True)
+        state = self._solver_state(oracle.lower)
+        new = self._options.system.estimate(oracle, state, lower_gradient=True)
         assert new.lower_gradient is not None
         m = self._averaged(oracle, "momentum", new.h)
         return Update(

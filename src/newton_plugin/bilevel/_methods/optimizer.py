@@ -1,14 +1,13 @@
-"""What the bilevel optimizers share: two levels of parameter groups, closures, and all-or-nothing steps.
+"""What the bilevel optimizers share: parameter groups of two levels, and steps that succeed or change nothing.
 
 One ``torch.optim.Optimizer`` holds both levels, so that schedulers, checkpoints, Lightning and ``add_param_group``
-see what they know: each group has a ``"level"``, ``"upper"`` or ``"lower"``, and a learning rate of its own. A
-method computes the new parameters and the new state from copies (``_advance``); they are stored together when
-nothing has failed.
+work as with any optimizer. Each group has a ``"level"``, ``"upper"`` or ``"lower"``, and a learning rate of its own.
+A method computes new parameters and new state from copies (``_advance``); both are stored once nothing has failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,22 +15,28 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, check_choice, check_positive
-from newton_plugin.bilevel._errors import GradScalerError
-from newton_plugin.bilevel._hypergradient.estimate import LinearSystem, SolverState
-from newton_plugin.bilevel._hypergradient.oracle import Oracle, OracleCalls
-from newton_plugin.bilevel._parameters import check_count, check_disjoint, check_fraction, level_groups
-from newton_plugin.bilevel._tensors import axpy_each, lerp, norm, scale
+from newton_plugin.bilevel._errors import GradScalerError, check_count, check_fraction
+from newton_plugin.bilevel._hypergradient.estimate import SolverState
+from newton_plugin.bilevel._hypergradient.oracle import Closure, Oracle, OracleCalls
+from newton_plugin.bilevel._methods.options import Options
+from newton_plugin.bilevel._parameters import check_disjoint, level_groups
+from newton_plugin.bilevel._tensors import Vector, axpy_each, lerp, norm, scale
 
-__all__ = ["BilevelOptimizer", "Update"]
+__all__ = ["BilevelOptimizer", "Params", "Update"]
 
-Vector = list[Tensor]
-Closure = Callable[[], Tensor]
 Params = Iterable[Any]
 
 
 @dataclass
 class Update:
-    """The outcome of one step: new values of x and y, new entries of the state by name, and F where h was taken."""
+    """The outcome of one step.
+
+    Attributes:
+        value: F where the hypergradient was taken, detached.
+        upper, lower: new values of x and y.
+        solver: state of the linear solver for the next step.
+        upper_state, lower_state: new entries of the state of x and of y, by name.
+    """
 
     value: Tensor
     upper: Vector
@@ -48,11 +53,11 @@ class BilevelOptimizer(torch.optim.Optimizer):
         calls: oracle calls so far (:class:`OracleCalls`); counted from zero after loading a checkpoint.
     """
 
-    _own_settings: tuple[str, ...] = ()  # attributes of subclasses that a copy has to know
+    _own_settings: tuple[str, ...] = ()  # attributes of a subclass that copies and pickles have to contain
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # Only a GradScaler, and those who hold one, ask this: the one place to meet them before they fail.
+        # Only a GradScaler, or a trainer that has one, reads this attribute; so the message comes before they fail.
         raise GradScalerError(
             f"{type(self).__name__} cannot be stepped through a GradScaler: it differentiates the closures itself, so "
             "no gradient is ever scaled or unscaled. Call opt.step(upper_closure, lower_closure) and use bfloat16 "
@@ -63,31 +68,18 @@ class BilevelOptimizer(torch.optim.Optimizer):
         self,
         upper_params: Params,
         lower_params: Params,
-        *,
-        upper_defaults: Mapping[str, float],
-        lower_defaults: Mapping[str, float],
-        system: LinearSystem,
-        lower_steps: int = 1,
-        lower_every: int = 1,
+        options: Options,
     ) -> None:
-        check_choice("solver", system.solver, ("neumann", "linear", "cg"))
-        check_choice("hvp", system.hvp, ("autograd", "finite_difference"))
-        check_count("terms", system.terms)
-        if system.scale is not None:
-            check_positive("scale", system.scale, "It is at most 1/L of the lower loss, and not the learning rate.")
-        self._system = system
-        self._lower_steps = check_count("lower_steps", lower_steps)
-        self._lower_every = check_count("lower_every", lower_every)
-        self._level_defaults = {"upper": dict(upper_defaults), "lower": dict(lower_defaults)}
+        self._options = options
         self.calls = OracleCalls()
         groups = level_groups("upper", "upper_params", upper_params)
         super().__init__([*groups, *level_groups("lower", "lower_params", lower_params)], {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it names its ``"level"``, and may have its own values of what the constructor was given."""
+        """Add a group. It names its ``"level"`` and may have an ``lr``, ``beta``, ``gamma`` or ``tau`` of its own."""
         check_choice("level", param_group.get("level"), ("upper", "lower"), "Add 'level' to the parameter group.")
         level = param_group["level"]
-        for name, default in self._level_defaults[level].items():
+        for name, default in self._options.group_defaults[level].items():
             value = param_group.setdefault(name, default)
             if name == "lr":
                 check_positive(f"lr_{level}", value)
@@ -102,15 +94,15 @@ class BilevelOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All of it: torch's own leaves out what subclasses add."""
-        own = ("_system", "_lower_steps", "_lower_every", "_level_defaults", "calls", *self._own_settings)
+        """The whole optimizer; torch's method leaves out the attributes that subclasses add."""
+        own = ("_options", "calls", *self._own_settings)
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def warm_start(self, lower_closure: Closure, steps: int) -> Tensor:
-        """Train the lower level alone, x as it is: ``steps`` steps, each on what the closure returns then.
+        """Train the lower level alone for ``steps`` steps; x stays. The closure is evaluated anew at each step.
 
-        The steps are those that the method makes at its lower level. Start from the result: the hypergradient at a
-        y far from the lower minimum means little.
+        The steps are those that the method makes at its lower level. Call this before the first :meth:`step`: the
+        hypergradient at a y far from the lower minimum means little.
 
         Returns:
             The lower loss where the last gradient was taken, detached.
@@ -146,8 +138,8 @@ class BilevelOptimizer(torch.optim.Optimizer):
 
         Args:
             upper_closure, lower_closure: return F and G at the current parameters: one number each, without
-                ``backward()``. They are evaluated several times, on one sample: draw the batch before.
-            closure: another name of ``upper_closure``, the one that Lightning uses.
+                ``backward()``. A step evaluates them several times on the same sample: draw the batch before.
+            closure: the name under which Lightning passes ``upper_closure``.
 
         Returns:
             The upper loss where the hypergradient was taken, detached.
@@ -185,19 +177,19 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if update.solver.solution is not None:
             for p, value in zip(oracle.lower, update.solver.solution, strict=True):
                 self.state[p]["solution"] = value
-        progress = {**self._progress, "steps": self._progress["steps"] + 1}  # a new one: checkpoints refer to the old
+        progress = {**self._progress, "steps": self._progress["steps"] + 1}  # a new dict: checkpoints hold the old one
         if update.solver.bound is not None:
             progress["bound"] = update.solver.bound
         self.state["progress"] = progress  # type: ignore[index]
         return update.value
 
     def _advance(self, oracle: Oracle, x: Vector, y: Vector) -> Update:
-        """The method: new values from the copies ``x`` and ``y``; may place anything into the parameters."""
+        """The method: new values from the copies ``x`` and ``y``. It may write any values into the parameters."""
         raise AssertionError(f"{type(self).__name__} is the base of the methods; use AccBO, MASOBA, BOREP or StocBiO.")
 
     @property
     def _progress(self) -> dict[str, Any]:
-        # torch keeps state that belongs to no parameter under keys that are not tensors, and saves it with the rest.
+        # State that belongs to no parameter: torch saves entries whose key is not a tensor as they are.
         return self.state.get("progress", {"steps": 0})  # type: ignore[call-overload]
 
     def _solver_state(self, lower: Sequence[Tensor]) -> SolverState:
@@ -222,12 +214,12 @@ class BilevelOptimizer(torch.optim.Optimizer):
         return [float(g[name]) for g in groups for p in g["params"] if p.requires_grad]
 
     def _read(self, params: Sequence[Tensor], name: str, default: Sequence[Tensor]) -> Vector:
-        """Entries of the state; a parameter that has none yet (the first step, or frozen before) has the default."""
+        """Entries of the state, with a default for parameters without one: at the first step, or frozen until now."""
         return [self.state[p].get(name, d) for p, d in zip(params, default, strict=True)]
 
     def _extrapolated(self, y: Vector, previous: Vector) -> Vector:
         """``y + gamma (y - previous)``."""
-        if "gamma" not in self._level_defaults["lower"]:
+        if "gamma" not in self._options.group_defaults["lower"]:
             return y
         return lerp(previous, y, [1 + gamma for gamma in self._each("lower", "gamma")])
 
@@ -235,24 +227,24 @@ class BilevelOptimizer(torch.optim.Optimizer):
         """``start - lr direction``."""
         return axpy_each([-lr for lr in self._each(level, "lr")], direction, start)
 
-    def _normalized(self, x: Vector, direction: Vector, eps: float) -> Vector:
+    def _normalized(self, x: Vector, direction: Vector) -> Vector:
         """``x - lr direction / ||direction||``, one norm over all tensors."""
-        return self._descended("upper", x, scale(direction, 1 / norm(direction).clamp_min(eps)))
+        return self._descended("upper", x, scale(direction, 1 / norm(direction).clamp_min(self._options.eps)))
 
     def _averaged(self, oracle: Oracle, name: str, h: Vector) -> Vector:
-        """The moving average ``beta m + (1 - beta) h`` of a state entry; h the first time."""
+        """The moving average ``beta m + (1 - beta) h``, m an entry of the state; h at the first step."""
         return lerp(h, self._read(oracle.upper, name, h), self._each("upper", "beta"))
 
     def _lower_descent(self, oracle: Oracle, y: Vector) -> Vector:
-        """``lower_steps`` plain gradient steps where they are due; the parameters are then there."""
+        """``lower_steps`` plain gradient steps if they are due now; leaves the result in the parameters."""
         if self._lower_due():
-            for _ in range(self._lower_steps):
+            for _ in range(self._options.lower_steps):
                 y = self._descended("lower", y, oracle.lower_gradient())
                 oracle.place(y=y)
         return y
 
     def _lower_due(self) -> bool:
-        return self._progress["steps"] % self._lower_every == 0
+        return self._progress["steps"] % self._options.lower_every == 0
 
 
 def _check_finite(size: Tensor, what: str, remedy: str) -> None:

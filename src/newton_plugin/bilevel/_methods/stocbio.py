@@ -1,18 +1,15 @@
-"""StocBiO: solve the lower level a little, then one plain hypergradient step."""
+"""StocBiO: several steps of the lower level, then one plain hypergradient step."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from newton_plugin.bilevel._hypergradient.estimate import LinearSystem
 from newton_plugin.bilevel._hypergradient.oracle import Oracle
 from newton_plugin.bilevel._methods.optimizer import BilevelOptimizer, Params, Update
+from newton_plugin.bilevel._methods.options import Options
+from newton_plugin.bilevel._tensors import Vector
 
 __all__ = ["StocBiO"]
-
-Vector = list[Tensor]
 
 
 class StocBiO(BilevelOptimizer):
@@ -28,8 +25,8 @@ class StocBiO(BilevelOptimizer):
         upper_params, lower_params, lr_lower, solver, terms, scale, lower_steps, lower_every, hvp: see :class:`AccBO`.
         lr_upper: learning rate of x.
 
-    As implemented: all products of one step use the one sample of ``lower_closure``; the paper draws a minibatch for
-    each term of the series, of growing size.
+    As implemented: all products of one step use the same sample of ``lower_closure``. The paper draws a minibatch of
+    growing size for each term of the series.
 
     Example, ``F = 1/2 (y - 1)^2`` above ``G = 1/2 (y - x)^2``, so that ``y* = x`` and the best x is 1:
         >>> import torch
@@ -59,14 +56,18 @@ class StocBiO(BilevelOptimizer):
         super().__init__(
             upper_params,
             lower_params,
-            upper_defaults={"lr": lr_upper},
-            lower_defaults={"lr": lr_lower},
-            system=LinearSystem(solver, terms, scale, hvp),
-            lower_steps=lower_steps,
-            lower_every=lower_every,
+            Options(
+                {"upper": {"lr": lr_upper}, "lower": {"lr": lr_lower}},
+                solver=solver,
+                terms=terms,
+                scale=scale,
+                hvp=hvp,
+                lower_steps=lower_steps,
+                lower_every=lower_every,
+            ),
         )
 
     def _advance(self, oracle: Oracle, x: Vector, y: Vector) -> Update:
         y = self._lower_descent(oracle, y)
-        new = self._system.estimate(oracle, self._solver_state(oracle.lower))
+        new = self._options.system.estimate(oracle, self._solver_state(oracle.lower))
         return Update(new.value, self._descended("upper", x, new.h), y, new.state)
