@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +250,37 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     assert solve_qp(*data).solver == "torch"
     with pytest.raises(MissingSolverError, match=r'solver="numba" needs the package numba.*solver="torch"'):
         solve_qp(*data, solver="numba")
+
+
+def test_a_change_in_any_file_of_the_kernels_compiles_them_again(tmp_path: Path) -> None:
+    from newton_plugin.convex._compiled import jit
+    from newton_plugin.convex._compiled.adjoint import adjoint
+    from newton_plugin.convex._compiled.solve import solve
+
+    copy = shutil.copytree(Path(jit.__file__).parent, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    checksum = jit.source_sum.__wrapped__
+    before = checksum(copy)
+    for kernel in (solve, adjoint):
+        assert kernel.py_func.__qualname__.endswith(f"_{before:08x}")
+    files = {file.name: file for file in copy.iterdir()}
+    assert {"solve.py", "linear.py", "rows.py"} <= files.keys()
+    for file in files.values():
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert checksum(copy) != before
+        file.write_text(text)
+
+
+def test_the_thresholds_of_both_paths_are_the_same() -> None:
+    from newton_plugin.convex._active_set import definite, pivoting
+    from newton_plugin.convex._active_set import solve as torch_solve
+    from newton_plugin.convex._compiled import certify, solve_one
+    from newton_plugin.convex._compiled import pivoting as compiled_pivoting
+    from newton_plugin.convex._compiled import rows as compiled_rows
+    from newton_plugin.convex._system import rows
+
+    assert compiled_rows.DEPENDENT == rows._DEPENDENT
+    assert compiled_pivoting._ROUNDS == pivoting._ROUNDS
+    assert (certify.ROUNDING, certify.TIGHT) == (definite._ROUNDING, definite._TIGHT)
+    assert certify.MOST_STEPS == definite._MOST_STEPS
+    assert solve_one._ILL_CONDITIONED == torch_solve._ILL_CONDITIONED

@@ -1,9 +1,9 @@
 r"""What solve_qp returns, and its derivatives in closed form.
 
-x depends on (p, b, h) piecewise linearly, so where the active rows stay the same the second derivative of a loss
-``l(x(p))`` is exactly ``J' H J`` with H = d2l/dx2 and J = dx/dp: no term with the second derivative of x is
-missing. J is a block of the inverse of the optimality system, whose factors the solver leaves behind: the Hessian
-costs about one more backward.
+x depends on (p, b, h) piecewise linearly. Where the active rows stay the same, the second derivative of a loss
+``l(x(p))`` is therefore exactly ``J' H J`` with H = d2l/dx2 and J = dx/dp: the second derivative of x is zero. J is a
+block of the inverse of the optimality system. The solver leaves the factors of that system behind, so the Hessian costs
+about as much as one more backward pass.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class QPSolution:
     def jacobian(self, wrt: str = "p") -> Tensor:
         r"""dx/d(wrt) in closed form: (..., n, *shape of one wrt), wrt one of Q, p, A, b, G, h.
 
-        Differentiable itself. In Q it is the derivative along symmetric changes.
+        The result is differentiable. In Q it is the derivative along symmetric changes.
 
         With ``x = argmin 1/2 |x|^2 + p'x`` (no constraints) ``x = -p``:
 
@@ -65,11 +65,11 @@ class QPSolution:
         if self._system is None:
             raise ArgumentError("a sparse problem has no dense Jacobian. Take products with it by torch.autograd.grad.")
         system: Any = self._system
-        self._system = system = system() if callable(system) else system  # made when it is first needed
+        self._system = system = system() if callable(system) else system  # built when it is first needed
         Q, C, factors, x, y, (n, m, k), shape, dtype = system
         batch, even = x.shape[:2]
         eye = torch.eye(even, dtype=x.dtype, device=x.device)[:, :n].expand(batch, even, n)
-        # Column a of K^-1 (e_a, 0): how x_a answers to every right-hand side.
+        # Column a of K^-1 (e_a, 0): the derivative of x_a in every right-hand side.
         vx, vy = KKTSolve.apply(Q, C, eye, torch.zeros_like(y).expand(-1, -1, n), None, None, *factors)
         vx, vy = vx.mT[..., :n], vy.mT  # (B, n, n), (B, n, K)
         x, y = x.squeeze(-1)[:, :n], y.squeeze(-1)

@@ -1,4 +1,4 @@
-"""What became of each problem, and what the caller asked to happen when one has no solution."""
+"""The outcome of each problem, and the error or warning that the caller asked for where there is no solution."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from newton_plugin._errors import ArgumentError, NewtonPluginError
+from newton_plugin._errors import NewtonPluginError
 
 __all__ = [
     "MissingSolverError",
@@ -60,7 +60,7 @@ class MissingSolverError(NewtonPluginError, ImportError):
 
 
 class NestedForwardError(NewtonPluginError, RuntimeError):
-    """Forward mode inside forward mode, which PyTorch gets wrong for custom functions."""
+    """Forward mode inside forward mode: PyTorch computes it wrongly for custom functions."""
 
 
 class ProblemFailedWarning(UserWarning):
@@ -72,7 +72,7 @@ class NonUniqueSolutionWarning(UserWarning):
 
 
 def report_failures(status: Tensor, on_failure: str, shape: tuple[int, ...]) -> None:
-    """Raise or warn, as asked, naming the batch indices. One host synchronisation."""
+    """Raise or warn as ``on_failure`` asks, and name the batch indices. Costs one host synchronisation."""
     if on_failure == "nan" or not bool((status != 0).any()):
         return
     message = describe(status, shape)
@@ -82,7 +82,7 @@ def report_failures(status: Tensor, on_failure: str, shape: tuple[int, ...]) -> 
 
 
 def describe(status: Tensor, shape: tuple[int, ...]) -> str:
-    """One sentence for each kind of failure: what, which batch indices, and the remedy."""
+    """One sentence for each kind of failure: its name, its batch indices and a remedy."""
     if len(shape) > 1 and status.numel() == torch.Size(shape).numel():
         status = status.reshape(shape)
     sentences = []
@@ -110,8 +110,3 @@ def warn_not_unique(which: Tensor, shape: tuple[int, ...]) -> None:
         NonUniqueSolutionWarning,
         stacklevel=2,
     )
-
-
-def check_on_failure(on_failure: str) -> None:
-    if on_failure not in ("raise", "nan", "warn"):
-        raise ArgumentError(f"on_failure must be 'raise', 'nan' or 'warn'; got {on_failure!r}.")

@@ -1,1 +1,5 @@
-"""The solver in torch: a batch of dense quadratic programs by active sets."""
+"""The solver in torch: a batch of dense quadratic programs by active sets.
+
+solve.py chooses; definite.py solves where Q is definite, by pivoting.py (with gram.py) and dual.py; proximal.py solves
+where Q is singular.
+"""

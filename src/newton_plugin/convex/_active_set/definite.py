@@ -1,9 +1,9 @@
-"""Strictly convex QPs: the active rows, and then the solution at these rows to the last digits.
+"""Strictly convex QPs: first the active rows, then the solution at these rows to the last digits.
 
-Pivoting decides by quantities that carry the rounding of factorisations. The solution at its rows is refined
-against Q and C themselves, and judged again by *tight* tolerances; rows on the wrong side then change places one
-block at a time (active-set polishing), each time with refined quantities. What is not optimal after that goes to
-the dual active-set method and through the same polishing.
+Pivoting decides by quantities that carry the rounding of factorisations. Therefore the solution at its rows is refined
+against Q and C, and checked again by *tight* tolerances. Rows on the wrong side then change places block by block
+(active-set polishing), each time by refined quantities. What is still not optimal goes to the dual active-set method
+and through the same polishing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from newton_plugin.convex._active_set.pivoting import pivot
 from newton_plugin.convex._status import Status
 from newton_plugin.convex._system.factors import Factors, factor_rows, inside, no_factors, put
 from newton_plugin.convex._system.kkt import kkt_apply
-from newton_plugin.convex._system.problem import Problem, Tolerances, finite
+from newton_plugin.convex._system.problem import Problem, finite, zero_tolerance
 from newton_plugin.convex._system.products import times
 
 __all__ = ["Solved", "solve_definite"]
 
 _ROUNDING = 1e-14  # rows in force should hold to this, relative to the terms of the product
-_TIGHT = 1e-13
+_TIGHT = 1e-13  # of the optimality conditions, relative to their terms
 _MOST_STEPS = 3  # of refinement
 _POLISHING = 16  # rounds
 
@@ -90,29 +90,29 @@ def solve_definite(problem: Problem, cholesky: Tensor, refined: Tensor, claim: T
     ``refined`` (B,): steps of refinement to begin with; ``adaptive``: more where residuals ask for it;
     ``claim``: active rows (B, K) that another solver found.
     """
-    tolerances = Tolerances.of(cholesky, problem.batch)
+    tolerance = zero_tolerance(cholesky, problem.batch)
     if claim is None:
-        pivoted = pivot(problem, cholesky, tolerances)
+        pivoted = pivot(problem, cholesky, tolerance)
         factors = no_factors(cholesky, problem.batch)._replace(
             rows=pivoted.rows, present=pivoted.present, schur=pivoted.schur, refined=refined
         )
-        state = _judge(problem, factors, tolerances, adaptive).where(pivoted.found)
+        state = _judge(problem, factors, tolerance, adaptive).where(pivoted.found)
     else:
         factors = factor_rows(problem, cholesky, claim | problem.is_equality, refined)
-        state = _judge(problem, factors, tolerances, adaptive)
+        state = _judge(problem, factors, tolerance, adaptive)
     status = torch.zeros_like(refined)
     if not bool(state.tight.all()):
-        # Loose answers are polished first; what is then still not tight is solved again.
-        state = _polish_some(problem, state, state.loose & ~state.tight, tolerances)
+        # Loose answers are polished first. What is still not tight after that is solved again.
+        state = _polish_some(problem, state, state.loose & ~state.tight, tolerance)
         left = (~state.tight).nonzero().squeeze(-1)
         if len(left):
-            state, status = _solve_again(problem, left, state, tolerances)
+            state, status = _solve_again(problem, left, state, tolerance)
     rows = inside(state.factors, problem.c.shape[1])
     return Solved(state.x, state.y, status, rows, torch.ones_like(state.tight), state.factors)
 
 
-def _judge(problem: Problem, factors: Factors, tolerances: Tolerances, adaptive: bool) -> _State:
-    """The solution at these rows, without the weakly active ones, and what is wrong with it."""
+def _judge(problem: Problem, factors: Factors, tolerance: Tensor, adaptive: bool) -> _State:
+    """The solution at these rows, less the weakly active ones, and what is wrong with it."""
     length = torch.linalg.vector_norm(problem.C, dim=-1)
     x, y, slack, terms, factors = _refined_solution(problem, factors, length, adaptive)
     weighted = (y * length).gather(1, factors.rows) * factors.present
@@ -121,8 +121,8 @@ def _judge(problem: Problem, factors: Factors, tolerances: Tolerances, adaptive:
         scale = torch.maximum(scale, weighted.abs().amax(-1, keepdim=True))
     free = factors.rows < problem.m
     negative = factors.present & ~free & (weighted < -_TIGHT * scale)
-    very_negative = factors.present & ~free & (weighted < -4 * tolerances.multiplier * scale)
-    weak = factors.present & ~free & (weighted <= 4 * tolerances.multiplier * scale)
+    very_negative = factors.present & ~free & (weighted < -4 * tolerance * scale)
+    weak = factors.present & ~free & (weighted <= 4 * tolerance * scale)
     if bool(weak.any()):
         index = weak.any(-1).nonzero().squeeze(-1)
         kept = factors._replace(present=factors.present & ~weak).at(index)
@@ -133,14 +133,14 @@ def _judge(problem: Problem, factors: Factors, tolerances: Tolerances, adaptive:
     off = torch.where(problem.is_equality, slack.abs(), -slack)
     finite_x = torch.isfinite(x).all(-1)
     tight = (off <= _TIGHT * terms).all(-1) & ~negative.any(-1) & finite_x
-    loose = (off <= 4 * tolerances.slack * terms).all(-1) & ~very_negative.any(-1) & finite_x
+    loose = (off <= 4 * tolerance * terms).all(-1) & ~very_negative.any(-1) & finite_x
     return _State(x, y, (off > _TIGHT * terms) & ~problem.is_equality, tight, loose, factors)
 
 
 def _refined_solution(
     problem: Problem, factors: Factors, length: Tensor, adaptive: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Factors]:
-    """x, y, slack, the size of the slack's terms, and the factors with as many steps of refinement as it takes."""
+    """x, y, slack, the size of the slack's terms, and the factors with as many steps of refinement as were needed."""
     rx, ry = -problem.p.unsqueeze(-1), problem.c.unsqueeze(-1)
     if adaptive and factors.rows.shape[1]:
         # S = R R' has lost as many digits as its rows are dependent: pivot / diagonal is a squared sine.
@@ -159,15 +159,15 @@ def _refined_solution(
         factors = factors._replace(refined=factors.refined + more)
 
 
-def _polish_some(problem: Problem, state: _State, which: Tensor, tolerances: Tolerances) -> _State:
+def _polish_some(problem: Problem, state: _State, which: Tensor, tolerance: Tensor) -> _State:
     index = which.nonzero().squeeze(-1)
     if not len(index):
         return state
-    return state.put(index, _polish(problem.at(index), state.at(index), tolerances.at(index)))
+    return state.put(index, _polish(problem.at(index), state.at(index), tolerance[index]))
 
 
-def _polish(problem: Problem, state: _State, tolerances: Tolerances) -> _State:
-    """Exchange rows by refined quantities until none is wrong; the best answer so far stands otherwise."""
+def _polish(problem: Problem, state: _State, tolerance: Tensor) -> _State:
+    """Exchange rows by refined quantities until none is wrong. If that fails, the best answer so far is returned."""
     best = state
     count = problem.c.shape[1]
     order = torch.arange(count, device=state.x.device)
@@ -175,7 +175,7 @@ def _polish(problem: Problem, state: _State, tolerances: Tolerances) -> _State:
         index = (~best.tight).nonzero().squeeze(-1)
         if not len(index):
             break
-        now, sub, tol = state.at(index), problem.at(index), tolerances.at(index)
+        now, sub, tol = state.at(index), problem.at(index), tolerance[index]
         rows = inside(now.factors, count)
         wrong = now.wrong & ~rows
         if attempt >= _POLISHING // 2:
@@ -190,15 +190,15 @@ def _polish(problem: Problem, state: _State, tolerances: Tolerances) -> _State:
     return best
 
 
-def _solve_again(problem: Problem, index: Tensor, state: _State, tolerances: Tolerances) -> tuple[_State, Tensor]:
-    """The dual active-set method for the problems that are left over; a loose answer stands if it has none."""
+def _solve_again(problem: Problem, index: Tensor, state: _State, tolerance: Tensor) -> tuple[_State, Tensor]:
+    """Solve the problems at ``index`` by the dual active-set method. Where it fails, a loose answer is kept."""
     status = torch.zeros(problem.batch, dtype=torch.long, device=index.device)
     good_data = finite(problem.at(index))
     status[index[~good_data]] = int(Status.NOT_FINITE)
     index = index[good_data]
     if not len(index):
         return state, status
-    sub, before, tol = problem.at(index), state.at(index), tolerances.at(index)
+    sub, before, tol = problem.at(index), state.at(index), tolerance[index]
     active, outcome = dual_active_set(sub, before.factors.cholesky, tol)
     factors = factor_rows(sub, before.factors.cholesky, active, before.factors.refined.clamp(min=1))
     part = _polish(sub, _judge(sub, factors, tol, True), tol)

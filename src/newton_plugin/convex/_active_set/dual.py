@@ -1,6 +1,6 @@
-r"""The dual active-set method of Goldfarb and Idnani, for a batch in lockstep: finite, whatever the rows.
+r"""The dual active-set method of Goldfarb and Idnani, for a batch in lockstep: it ends, whatever the rows are.
 
-Start at the unconstrained minimiser and add violated rows one at a time. With V the whitened rows (``_pivoting``)
+Start at the unconstrained minimiser and add violated rows one at a time. With V the whitened rows (``pivoting.py``)
 scaled to length one, W the rows in force and T = (V_W' V_W)^-1, adding row j moves
 
     its multiplier          y_j += t
@@ -8,13 +8,13 @@ scaled to length one, W the rows in force and T = (V_W' V_W)^-1, adding row j mo
     the slacks              s   += t V'(V_j - V_W r)
     so that its own slack   s_j += t d         d = |V_j - V_W r|^2   (squared distance to the span of W)
 
-A full step makes s_j = 0 and j joins W; a row of W whose multiplier would turn negative on the way leaves first.
-Where d = 0 and no row can leave, the multipliers may grow for ever: the rows contradict each other, and
-(y_W, y_j) proves it (Farkas). So the method finds an independent set of rows, whatever duplicates there are, and
-never answers an infeasible problem.
+A full step makes s_j = 0, and j joins W. A row of W whose multiplier would turn negative on the way leaves first.
+Where d = 0 and no row can leave, the multipliers may grow without bound: the rows contradict each other, and
+(y_W, y_j) proves it (Farkas). So the method finds an independent set of rows even among duplicates, and it never
+returns a solution of an infeasible problem.
 
 Source: Goldfarb and Idnani, "A numerically stable dual method for solving strictly convex quadratic programs",
-Mathematical Programming 1983. T is kept by rank-one updates; the caller solves once more, at the rows found, from
+Mathematical Programming 1983. T is kept by rank-one updates; the caller solves once more at the rows found, from
 a fresh factorisation.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin.convex._status import Status
-from newton_plugin.convex._system.problem import Problem, Tolerances
+from newton_plugin.convex._system.problem import Problem
 from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
 from newton_plugin.convex._system.rows import whiten
 
@@ -34,9 +34,9 @@ _DEPENDENT = 1e-20  # squared distance of a row of length one to the span of the
 
 
 class _State:
-    """Rows in force of each problem: slots of T, the multipliers and the slacks of all rows."""
+    """Of each problem: the rows in force, in the slots of T, and the multipliers and slacks of all rows."""
 
-    def __init__(self, problem: Problem, cholesky: Tensor, tolerances: Tolerances) -> None:
+    def __init__(self, problem: Problem, cholesky: Tensor, tolerance: Tensor) -> None:
         x0 = -cholesky_apply(cholesky, problem.p)
         V = whiten(cholesky, problem.C).expand(problem.batch, -1, -1)
         self.size = torch.linalg.vector_norm(V, dim=1)
@@ -46,9 +46,7 @@ class _State:
         self.slack = (problem.c - times(problem.C, x0)) / safe
         length = torch.linalg.vector_norm(problem.C, dim=-1)
         reach = torch.linalg.vector_norm(x0, dim=-1, keepdim=True)
-        self.limit = tolerances.slack * (problem.c.abs() + length * reach) / safe
-        scale = torch.linalg.vector_norm(times_transposed(cholesky, x0), dim=-1, keepdim=True)
-        self.multiplier_tolerance = tolerances.multiplier * scale
+        self.limit = tolerance * (problem.c.abs() + length * reach) / safe
         self.y = torch.zeros_like(self.slack)
         self.inside = torch.zeros_like(self.slack, dtype=torch.bool)
         slots = min(n, rows)
@@ -62,7 +60,7 @@ class _State:
         """r in the slots, the change of all slacks, and d; for one row (B,) of each problem."""
         column = self.V[self.each, :, row]
         r, residual = torch.zeros_like(self.slot_row, dtype=column.dtype), column
-        for _ in range(2):  # the second time removes what rounding left of V_W: twice is enough
+        for _ in range(2):  # the second time removes the part in V_W that rounding left; twice is enough
             products = times_transposed(self.V, residual)
             in_slots = torch.where(self.used, products.gather(1, self.slot_row), 0.0)
             r = r + torch.where(self.used, (self.T * in_slots.unsqueeze(-2)).sum(-1), 0.0)
@@ -96,9 +94,9 @@ class _State:
         self.y[self.each, row] = torch.where(where, 0.0, self.y[self.each, row])
 
 
-def dual_active_set(problem: Problem, cholesky: Tensor, tolerances: Tolerances) -> tuple[Tensor, Tensor]:
+def dual_active_set(problem: Problem, cholesky: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
     """Active rows (B, K), independent of each other, and status (B,)."""
-    state = _State(problem, cholesky, tolerances)
+    state = _State(problem, cholesky, tolerance)
     running = torch.ones_like(state.each, dtype=torch.bool)
     for row in range(problem.m):
         running &= _add_equality(state, running, row)

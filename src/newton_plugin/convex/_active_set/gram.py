@@ -1,6 +1,6 @@
-"""The matrix S = C Q^-1 C' of block principal pivoting: whole, or only where it is needed.
+"""The matrix S = C Q^-1 C' of block principal pivoting: as a whole, or only the part that is needed.
 
-Both classes solve ``S_FF y_F = -s0_F`` for a guessed set of active rows F in each problem, and keep the factor of the
+Both classes solve ``S_FF y_F = -s0_F`` for a guessed set of active rows F in each problem. They keep the factor of the
 last guess, which is the factor of the optimality system.
 """
 
@@ -21,6 +21,8 @@ _TILE = 24
 
 
 class Gram(Protocol):
+    """``live``: the batch indices that are still being solved, or None for all; b of them."""
+
     def solve(self, live: Tensor | None, active: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Multipliers (b, K), slacks (b, K), scale of the multipliers (b, K), success (b,)."""
         ...
@@ -30,12 +32,12 @@ class Gram(Protocol):
         ...
 
     def factor(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows, present, schur of all problems."""
+        """Rows, present and schur of all problems, as in ``Factors``."""
         ...
 
 
 class SharedGram:
-    """S once for all problems."""
+    """One S for all problems."""
 
     def __init__(self, problem: Problem, cholesky: Tensor, slack: Tensor) -> None:
         V = whiten(cholesky, problem.C)
@@ -47,7 +49,7 @@ class SharedGram:
     def solve(self, live: Tensor | None, active: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         slack = self.slack if live is None else self.slack[live]
         rows, present = compress(active, 8 if self.S.shape[1] > _TILE else _TILE)
-        if len(rows) == 1:  # whole rows and columns: many times as fast as single entries
+        if len(rows) == 1:  # taking whole rows and columns is many times as fast as taking single entries
             sub = self.S.index_select(0, rows[0]).index_select(1, rows[0]).unsqueeze(0)
         else:
             sub = self.S.view(-1)[rows.unsqueeze(-1) * self.S.shape[1] + rows.unsqueeze(-2)]
@@ -71,10 +73,10 @@ class SharedGram:
 
 
 class PooledGram:
-    """Each problem has columns of V, and S, for the rows that were ever guessed active."""
+    """Each problem has its own V and S, for the rows that were ever guessed active."""
 
-    def __init__(self, problem: Problem, cholesky: Tensor, slack: Tensor, x: Tensor) -> None:
-        self.C, self.c, self.cholesky, self.slack, self.x = problem.C, problem.c, cholesky, slack, x
+    def __init__(self, problem: Problem, cholesky: Tensor, slack: Tensor) -> None:
+        self.C, self.cholesky, self.slack = problem.C, cholesky, slack
         batch, n = problem.p.shape
         self.slot = torch.full_like(slack, -1, dtype=torch.long)  # (B, K): where in the pool, -1 if not
         self.rows = self.slot[:, :0]
@@ -104,7 +106,7 @@ class PooledGram:
         S = self.S if live is None else self.S[live]
         S.scatter_add_(2, where.unsqueeze(1).expand_as(cross), cross)
         is_new = torch.zeros_like(V[:, 0], dtype=torch.bool).scatter_(1, where, present)
-        # where absent, the scatter above may have written False over a True: only place 0 can be hit
+        # Absent rows point to place 0, where the scatter above may have written False over True.
         is_new[:, 0] = (where.eq(0) & present).any(-1)
         old = (cross * ~is_new.unsqueeze(-1)).mT
         S.scatter_add_(1, where.unsqueeze(-1).expand_as(old), old)

@@ -1,24 +1,24 @@
-r"""Block principal pivoting: the active set of many strictly convex QPs at once.
+r"""Block principal pivoting: the active sets of many strictly convex QPs at once.
 
-Eliminate x from the optimality conditions, ``x = -Q^-1 (p + C'y)``, and what is left is a complementarity
-problem in the multipliers y and the slacks ``s = c - C x``::
+Eliminate x from the optimality conditions, ``x = -Q^-1 (p + C'y)``. A complementarity problem in the multipliers y and
+the slacks ``s = c - C x`` is left::
 
     s = s0 + S y      S = C Q^-1 C' = V'V,  V = L^-1 C'      s >= 0,  y >= 0,  s_i y_i = 0
 
-(equalities: s = 0, y free). Guess the set F of rows that are active and solve ``S_FF y_F = -s0_F``; rows of F
-with y < 0 leave it, other rows with s < 0 enter it, *many at once*; repeat. F starts with the equalities alone,
-and of the violated rows only those enter that are violated by at least 0.3 of the worst (measured: with all of
-them F overshoots to nearly every row, costs more, and is often dependent). Some ten rounds suffice as a rule. As
-long as a row set improves the number of wrong rows this goes on; after three rounds without, only the last
-wrong row moves (Murty), which is finite. Problems on which the guess makes S_FF singular, or which take too long,
-are left to the dual active-set method in ``_dual_active_set``, which is finite without conditions.
+(equalities: s = 0, y free). Guess the set F of rows that are active and solve ``S_FF y_F = -s0_F``. Rows of F
+with y < 0 leave it, other rows with s < 0 enter it, *many at once*; repeat. F starts with the equalities alone. Of the
+violated rows only those enter that are violated by at least 0.3 of the worst: measured, with all of them F grows to
+nearly every row, costs more, and is often dependent. Some ten rounds are usually enough. This goes on while the number
+of wrong rows falls. After three rounds in which it did not, only the last wrong row moves (Murty), which is finite.
+Problems whose S_FF becomes singular, or that take too long, are left to the dual active-set method (``dual.py``), which
+is finite without conditions.
 
 Sources: Judice and Pires, "A block principal pivoting algorithm for large-scale strictly monotone linear
 complementarity problems", Computers & Operations Research 1994; Kim and Park, SIAM J. Sci. Comput. 2011 (the
 exchange rule).
 
 Only rows that were ever guessed active need a column of V and of S: the *pool*, which grows as needed (its width
-in steps of 24, see ``_products``). With Q and C shared by a batch, or one problem of few rows, V and S
+in steps of 24, see ``_system/products.py``). If a batch shares Q and C, or for one problem with few rows, V and S
 are computed for all rows at once instead.
 """
 
@@ -30,17 +30,17 @@ import torch
 from torch import Tensor
 
 from newton_plugin.convex._active_set.gram import Gram, PooledGram, SharedGram
-from newton_plugin.convex._system.problem import Problem, Tolerances
+from newton_plugin.convex._system.problem import Problem
 from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
 
 __all__ = ["Pivoted", "pivot"]
+
+_ROUNDS = 40
 
 
 class Pivoted(NamedTuple):
     """What pivoting found; ``found`` is false where it gave up."""
 
-    active: Tensor
-    """(B, K)."""
     found: Tensor
     """(B,)."""
     rows: Tensor
@@ -49,10 +49,8 @@ class Pivoted(NamedTuple):
     schur: Tensor
 
 
-def pivot(
-    problem: Problem, cholesky: Tensor, tolerances: Tolerances, start: Tensor | None = None, rounds: int = 40
-) -> Pivoted:
-    """The active rows of each problem, Q = L L' given; ``start``: a first guess (B, K)."""
+def pivot(problem: Problem, cholesky: Tensor, tolerance: Tensor) -> Pivoted:
+    """The active rows of each problem, Q = L L' given; ``tolerance`` (B, 1) as in ``zero_tolerance``."""
     x0 = -cholesky_apply(cholesky, problem.p)
     slack = problem.c - times(problem.C, x0)
     gradient = torch.linalg.vector_norm(times_transposed(cholesky, x0), dim=-1, keepdim=True)  # |L'x0| = |L^-1 p|
@@ -61,13 +59,11 @@ def pivot(
     if problem.C.ndim == 2 and cholesky.ndim == 2 and (batch > 1 or count <= 3 * problem.p.shape[1]):
         gram: Gram = SharedGram(problem, cholesky, slack)
     else:
-        gram = PooledGram(problem, cholesky, slack, x0)
+        gram = PooledGram(problem, cholesky, slack)
     equality = problem.is_equality
-    threshold = tolerances.slack * (problem.c.abs() + length * torch.linalg.vector_norm(x0, dim=-1, keepdim=True))
+    threshold = tolerance * (problem.c.abs() + length * torch.linalg.vector_norm(x0, dim=-1, keepdim=True))
     unit = 1.0 / length.clamp(min=1e-300)
-    if start is not None:
-        active = start | equality
-    elif problem.m:
+    if problem.m:
         active = equality.expand(batch, -1).clone()
     else:
         active = _worst(slack < -threshold, slack * unit)
@@ -77,15 +73,15 @@ def pivot(
     patience = torch.full_like(fewest, 3)
     order = torch.arange(slack.shape[1], device=slack.device)
     live: Tensor | None = None  # None: all
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         now = active if live is None else active[live]
         y, s, size, ok = gram.solve(live, now)
         scale = gradient if live is None else gradient[live]
         limit = threshold if live is None else threshold[live]
         weighted = y * size
         scale = torch.maximum(scale, weighted.abs().amax(-1, keepdim=True))
-        tolerance = tolerances.multiplier if live is None else tolerances.multiplier[live]
-        leave = now & ~equality & (weighted < -tolerance * scale)
+        bound = -(tolerance if live is None else tolerance[live]) * scale
+        leave = now & ~equality & (weighted < bound)
         enter = ~now & (s < -limit)
         wrong = leave | enter
         count = wrong.sum(-1)
@@ -109,10 +105,10 @@ def pivot(
         active[here] = now ^ (flip & ~stop.unsqueeze(-1))
         if bool(stop.any()):
             live = (~(found | given_up)).nonzero().squeeze(-1)
-    return Pivoted(active, found, *gram.factor())
+    return Pivoted(found, *gram.factor())
 
 
 def _worst(violated: Tensor, slack: Tensor) -> Tensor:
-    """Of the violated rows (b, K), those violated by at least 0.3 of the worst."""
+    """The violated rows (b, K) that are violated by at least 0.3 of the worst."""
     depth = torch.where(violated, -slack, 0.0)
     return violated & (depth >= 0.3 * depth.amax(-1, keepdim=True))

@@ -2,12 +2,12 @@ r"""Programs whose Q is singular (linear programs among them): the proximal-poin
 
     x_(k+1) = argmin 1/2 x'Qx + p'x + sigma/2 |x - x_k|^2     subject to the same constraints
 
-Each step is a strictly convex QP, which ``_dual_active_set`` solves exactly. On a linear program the sequence
-ends after finitely many steps; on a quadratic one it stops when x no longer moves. What counts is the *active
-set* it ends with: x and the multipliers are then taken from the optimality system itself.
+Each step is a strictly convex QP, which ``dual.py`` solves exactly. On a linear program the sequence ends after
+finitely many steps; on a quadratic program it stops when x no longer moves. Only the *active set* at its end is used:
+x and the multipliers are then computed from the optimality system.
 
-A program without a minimum shows itself by steps that do not die out: their limit v = x_(k+1) - x_k is a
-direction with Qv = 0, Av = 0, Gv <= 0, p'v < 0, which proves it.
+If a program has no minimum, the steps do not die out. Their limit v = x_(k+1) - x_k is a direction with Qv = 0,
+Av = 0, Gv <= 0 and p'v < 0, which proves it.
 
 Sources: Rockafellar, SIAM J. Control Optim. 1976 (the method), Ferris, Math. Programming 1991 (it is finite on
 linear programs); Banjac et al., J. Optim. Theory Appl. 2019 (the limit of the steps).
@@ -21,7 +21,7 @@ from torch import Tensor
 from newton_plugin.convex._active_set.dual import dual_active_set
 from newton_plugin.convex._status import Status
 from newton_plugin.convex._system.factors import pseudo_inverse
-from newton_plugin.convex._system.problem import Problem, Tolerances
+from newton_plugin.convex._system.problem import Problem, zero_tolerance
 from newton_plugin.convex._system.products import back_substitute, cholesky_apply, times, times_transposed
 from newton_plugin.convex._system.rows import compress, take_rows
 
@@ -57,8 +57,7 @@ def proximal(problem: Problem, refined: int = 2) -> tuple[Tensor, Tensor, Tensor
         s = sigma[live]
         factor = torch.linalg.cholesky_ex(0.5 * (now.Q + now.Q.mT) + s[:, None, None] * eye).L
         step_problem = now._replace(p=now.p - s.unsqueeze(-1) * x[live])
-        tolerances = Tolerances.of(factor, len(live))
-        rows, outcome = dual_active_set(step_problem, factor, tolerances)
+        rows, outcome = dual_active_set(step_problem, factor, zero_tolerance(factor, len(live)))
         new_x, new_y = _minimiser(step_problem, factor, rows)
         change = new_x - x[live]
         moved = torch.linalg.vector_norm(change, dim=-1)
@@ -105,13 +104,13 @@ def _minimiser(problem: Problem, factor: Tensor, active: Tensor) -> tuple[Tensor
 
 
 def _is_ray(problem: Problem, v: Tensor, tolerance: float = 1e-8) -> Tensor:
-    """Whether v is a direction of endless descent."""
+    """Whether v is a direction along which the objective falls without end."""
     size = torch.linalg.vector_norm(v, dim=-1)
     safe = v / size.clamp(min=1e-300).unsqueeze(-1)
     flat = torch.linalg.vector_norm(times(problem.Q, safe), dim=-1) <= tolerance * problem.Q.abs().amax((-2, -1))
     along = times(problem.C, safe) / torch.linalg.vector_norm(problem.C, dim=-1).clamp(min=1e-300)
     along = torch.where(problem.is_equality, along.abs(), along)
-    along = torch.where(problem.c < 1e100, along, -1.0)  # h = inf bounds nothing
+    along = torch.where(problem.c < 1e100, along, -1.0)  # h = inf is no bound
     inside = (along <= tolerance).all(-1)
     slope = (problem.p * safe).sum(-1)
     return flat & inside & (slope < -tolerance * torch.linalg.vector_norm(problem.p, dim=-1)) & (size > 0)

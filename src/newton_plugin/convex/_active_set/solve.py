@@ -1,15 +1,15 @@
-"""From a batch of QPs to solutions with factored optimality systems: the built-in solver, and the judge of others.
+"""From a batch of QPs to solutions with factored optimality systems: the built-in solver, and the check of others.
 
-1. Cholesky of Q. Where it fails, Q is not definite: not finite, not convex, or singular (``_proximal``).
-2. The active set by block principal pivoting (``_pivoting``), or as another solver claims it.
-3. x and the multipliers from the optimality system at that set, refined against Q and C themselves.
-4. The optimality conditions are checked: every slack, every multiplier. Whatever fails is solved again by the
-   dual active-set method (``_dual_active_set``), which also proves infeasibility.
+1. Cholesky factorisation of Q. Where it fails, Q is not finite, not convex, or singular (``proximal.py``).
+2. The active set by block principal pivoting (``pivoting.py``), or as another solver claims it.
+3. x and the multipliers from the optimality system at that set, refined against Q and C.
+4. The optimality conditions are checked: every slack and every multiplier. Problems that fail are solved again by the
+   dual active-set method (``dual.py``), which also proves infeasibility.
 
-So the exact answer does not depend on who found the active set, and a wrong claim cannot pass.
+So the exact answer does not depend on who found the active set, and a wrong claim is detected.
 
 **Weakly active rows** (slack and multiplier both zero) are left out of the system. The solution is not
-differentiable there; leaving them out gives the one-sided derivative for changes that take x off the constraint.
+differentiable there. Leaving them out gives the one-sided derivative for changes that take x off the constraint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def solve_active_set(problem: Problem, refine: bool | str = "auto", claim: Tenso
     """Solve B problems; ``claim``: active rows (B, K) that another solver found."""
     if problem.Q.ndim == 2 or problem.C.ndim == 2 or problem.p.shape[1] <= _LARGE or problem.p.device.type != "cpu":
         return _solve(problem, refine, claim)
-    # Large problems with matrices of their own fall out of the caches as a batch: one after the other.
+    # A batch of large problems with matrices of their own does not fit into the caches: solve one after the other.
     parts = [
         _solve(
             problem._replace(Q=problem.Q[i], p=problem.p[i : i + 1], C=problem.C[i], c=problem.c[i : i + 1]),
@@ -96,7 +96,7 @@ def _solve_singular(problem: Problem, cholesky: Tensor) -> Solved:
 
 
 def _factor_objective(problem: Problem) -> tuple[Tensor, Tensor]:
-    """L of Q, the identity where Q is not safely definite; and where it is: () or (B,)."""
+    """L of Q (the identity where Q is not safely definite), and where Q is definite: () or (B,)."""
     Q = problem.Q
     symmetric = Q if torch.equal(Q, Q.mT) else 0.5 * (Q + Q.mT)
     factor, info = torch.linalg.cholesky_ex(symmetric)
@@ -110,7 +110,7 @@ def _factor_objective(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _refined(cholesky: Tensor, refine: bool | str, batch: int) -> Tensor:
-    """(B,): steps of iterative refinement at the outset; ``_definite`` adds more where residuals ask for it."""
+    """(B,): steps of iterative refinement to begin with; ``definite.py`` adds more where residuals ask for it."""
     if refine == "auto":
         return (condition(cholesky) > _ILL_CONDITIONED).long().expand(batch).clone()
     return torch.full((batch,), int(bool(refine)), device=cholesky.device)
@@ -127,7 +127,7 @@ def _diagnose(problem: Problem, index: Tensor) -> Tensor:
 
 
 def optimal(problem: Problem, x: Tensor, y: Tensor, tolerance: float = 1e-7) -> Tensor:
-    """(B,): whether x and y meet the optimality conditions, each relative to the terms it is made of."""
+    """(B,): whether x and y meet the optimality conditions, each relative to its terms."""
     length = torch.linalg.vector_norm(problem.C, dim=-1)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     slack = problem.c - times(problem.C, x)

@@ -1,6 +1,6 @@
-"""The backward pass of ``_compiled_solve``: one solve with the factors of the forward pass, and all six gradients.
+"""The backward pass, compiled: one solve with the factors of the forward pass, and all six gradients.
 
-With u = (x, y) the solution and v = K^-1 (dL/du) (``_kkt``)::
+With u = (x, y) the solution and v = K^-1 (dL/du) (``_system/kkt.py``)::
 
     dp = -v_x    d(b, h) = v_y    dQ = -(v_x x' + x v_x')/2    d[A; G] = -(y v_x' + v_y x')
 """
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from newton_plugin.convex._compiled.linear import clear, jit, solve_rows
+from newton_plugin.convex._compiled.jit import kernel, subroutine
+from newton_plugin.convex._compiled.kkt import System, solve_system
+from newton_plugin.convex._compiled.linear import clear
+from newton_plugin.convex._compiled.workspace import entry
 
 __all__ = ["adjoint"]
 
 
-@jit()
+@subroutine
 def _outer(out, a, b, c, d):
     """out = -(a b' + c d')."""
     for i in range(out.shape[0]):
@@ -23,15 +26,16 @@ def _outer(out, a, b, c, d):
             row[j] = f * b[j] + g * d[j]
 
 
-@jit(
+@kernel(
     "void(float64[:,:,::1], float64[:,:,::1], float64[:,:,::1], float64[:,:,::1], float64[:,:,::1], int64[:,::1], "
     "int64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], float64[:,::1], "
     "float64[:,:,::1], float64[:,:,::1], float64[:,:,::1])"
 )
 def adjoint(Q, A, G, factor, schur, working, report, x, y, gx, gy, vx, vy, dQ, dA, dG):
-    """v (B, n), (B, K) from dL/dx (B, n), dL/dy (B, K); dQ, dA and dG (B, ...) are written unless they are empty.
+    """v = (vx (B, n), vy (B, K)) from gx = dL/dx (B, n), gy = dL/dy (B, K).
 
-    Where ``report`` says that a problem was not certified, v is given.
+    Q, A, G and ``factor`` have B entries or one. dQ, dA and dG (B, ...) are written unless they are empty. Where
+    ``report`` says that a problem was not certified, v is an input.
     """
     batch, n = x.shape
     m = A.shape[1]
@@ -43,9 +47,8 @@ def adjoint(Q, A, G, factor, schur, working, report, x, y, gx, gy, vx, vy, dQ, d
             ry, uy = work[5], work[6]
             for t in range(f):
                 ry[t] = gy[e, working[e, t]]
-            Qe, Ae, Ge = Q[min(e, Q.shape[0] - 1)], A[min(e, A.shape[0] - 1)], G[min(e, G.shape[0] - 1)]
-            L, rows = factor[min(e, factor.shape[0] - 1)], working[e]
-            solve_rows(Qe, Ae, Ge, L, schur[e], rows, f, steps, gx[e], ry, vx[e], uy, work)
+            system = System(entry(Q, e), entry(A, e), entry(G, e), entry(factor, e), schur[e], working[e])
+            solve_system(system, f, steps, gx[e], ry, vx[e], uy, work)
             clear(vy[e], count)
             for t in range(f):
                 vy[e, working[e, t]] = uy[t]

@@ -1,14 +1,14 @@
-"""solve_qp by compiled code: one call for the forward pass of a whole batch, one for the backward pass.
+"""solve_qp by compiled code: one call for the forward pass of a whole batch, and one for the backward pass.
 
 Three hundred small torch operations take 2 ms, whatever the size of the problem; here a problem of ten variables takes
-a few microseconds. ``_compiled_solve`` answers what it can certify. Whatever else there is in a batch (no solution,
-singular Q, dependent rows) goes through the general path of ``_active_set``, and both halves meet in ``Found``.
+a few microseconds. ``solve.py`` answers what it can certify. All other problems of a batch (no solution, singular Q,
+dependent rows) are solved by the general path, ``_active_set``. ``Found`` holds the answers of both.
 
-Second derivatives and cotangents under vmap are those of :class:`newton_plugin.convex._system.kkt.KKTSolve`, with the same
-factors; ``torch.func`` transforms around the solver take the general path altogether.
+Second derivatives and cotangents under vmap are those of :class:`newton_plugin.convex._system.kkt.KKTSolve`, with the
+same factors. Under ``torch.func`` transforms the solver takes the general path for all problems.
 
-Compiling takes some fifteen seconds, once: numba keeps the machine code beside this file (or, where that folder cannot
-be written, in the user's cache folder) and later processes load it.
+Compiling takes some fifteen seconds, once: numba keeps the machine code beside these files (or, where that folder
+cannot be written, in the user's cache folder) and later processes load it.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Found:
     schur: Tensor
     """R, (B, w, w); its lower triangle up to the number of working rows."""
     working: Tensor
-    """(B, w), the working rows, as many as there are."""
+    """(B, w), the working rows; of each problem the first f count."""
     report: Tensor
-    """(B, 3): how many, steps of refinement, and whether the three fields above are right."""
+    """(B, 3): f, steps of refinement, and whether the three fields above are valid."""
     rest: tuple[Tensor, Problem, Factors] | None = None
-    """Batch indices, standard form and factors of the others."""
+    """Batch indices, standard form and factors of the problems that the general path solved."""
 
     def factors(self, shared: bool) -> Factors:
         """All systems in the form of the general path; ``shared``: Q is."""
@@ -75,7 +75,7 @@ class Found:
         if self.rest is None:
             return factors
         index, _, part = self.rest
-        # Out of the standard form: without its last variable, if that is one too many, and without empty rows.
+        # Leave the standard form: drop its added variable, if there is one, and its empty rows.
         size = part.inverse.shape[-1]
         kept = [i for i in range(size) if i < n or i >= part.cholesky.shape[-1]]
         part = part._replace(
@@ -91,7 +91,7 @@ class Found:
 def find(
     data: tuple[Tensor, ...], batch: int, refine: bool | str, on_failure: str, shape: tuple[int, ...]
 ) -> Found | None:
-    """Q, p, A, b, G, h, each with a batch dimension or without -> the solutions; None if none can be certified."""
+    """Q, p, A, b, G, h, each with a batch dimension or without -> the solutions; None if no problem is certified."""
     data = tuple(t.detach() for t in data)
     found = _run(data, batch, refine)
     certified = found.report.numpy()[:, 2]
@@ -144,7 +144,7 @@ def _run(data: tuple[Tensor, ...], batch: int, refine: bool | str) -> Found:
 
 
 def compiled_active_rows(problem: Problem) -> Tensor:
-    """Working rows (B, K) of problems in standard form; the equalities alone where nothing is certified."""
+    """Working rows (B, K) of problems in standard form; the equalities alone where a problem is not certified."""
     m, C, c = problem.m, problem.C, problem.c
     data = (problem.Q, problem.p, C[..., :m, :], c[:, :m], C[..., m:, :], c[:, m:])
     active = _run(tuple(t.cpu() for t in data), problem.batch, "auto").active
@@ -152,7 +152,7 @@ def compiled_active_rows(problem: Problem) -> Tensor:
 
 
 class CompiledQP(torch.autograd.Function):
-    """Q, p, A, b, G, h, found -> x, y: differentiable to any order; the solutions are those in ``found``."""
+    """Q, p, A, b, G, h, found -> x, y as in ``found``, differentiable to any order."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ def _by_kernel(
         failed = (found.status[index] != 0).unsqueeze(-1)
         vx[index] = ux.squeeze(-1)[:, : x.shape[1]].masked_fill(failed, 0.0)
         vy[index] = uy.squeeze(-1)[:, : y.shape[1]].masked_fill(failed, 0.0)
-    # A gradient of its own for each problem is written by the kernel, a shared one is a matrix product over the batch.
+    # The kernel writes gradients of matrices that each problem owns; of a shared one it is a product over the batch.
     matrices = (Q, A, G)
     own = [need and (t.ndim == 3 or batch == 1) for t, need in zip(matrices, needed[:5:2], strict=True)]
     written = [
@@ -238,7 +238,7 @@ def _by_torch(
     found: Found,
     vectors: tuple[int, int, int],
 ) -> tuple[Tensor | None, ...]:
-    """The same by differentiable operations."""
+    """The same gradients by differentiable operations."""
     m = A.shape[-2]
     vx, vy = KKTSolve.apply(
         Q,

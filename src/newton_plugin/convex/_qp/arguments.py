@@ -1,4 +1,4 @@
-"""The arguments of solve_qp: checked, in float64, and brought to the form of ``_problem``."""
+"""The arguments of solve_qp: checked, converted to float64, and absent constraints replaced by no rows."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The step of ``solve_qp`` that is not differentiated: find the active rows, and factor their system.
 
 Everything that depends smoothly on the data comes from :class:`newton_plugin.convex._system.kkt.KKTSolve` afterwards.
-This is a Function only so that the solver runs on plain tensors, whatever transforms (vmap, grad, jvp) are around.
+This step is an autograd Function only so that the solver runs on plain tensors inside any transform (vmap, grad, jvp).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["FindActiveSet", "Request"]
 
 @dataclasses.dataclass
 class Request:
-    """What the caller asked for, and, afterwards, which solver was chosen."""
+    """What the caller asked for; after the solve also which solver was chosen."""
 
     m: int
     solver: Solver
     refine: bool | str
     on_failure: str
     shape: tuple[int, ...]
-    """Of the batch, for messages."""
+    """The shape of the batch, for messages."""
     chosen: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -75,7 +75,7 @@ class FindActiveSet(torch.autograd.Function):
         ]
         request = dataclasses.replace(args[4], shape=(size, *args[4].shape))
         out = FindActiveSet.apply(*flat, request)
-        # The factor of a shared Q (out[4]) belongs to all.
+        # The factor of a shared Q (out[4]) is the same for all.
         shared = [i == 4 and value.ndim == 2 for i, value in enumerate(out)]
         dims = tuple(None if alone else 0 for alone in shared)
         out = tuple(

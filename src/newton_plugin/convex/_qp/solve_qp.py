@@ -38,7 +38,7 @@ def solve_qp(
 
     Args:
         Q: (..., n, n), positive semi-definite; only its symmetric part counts. Q, A and G may also be sparse
-            tensors (COO or CSR, no batch dimensions): see ``_sparse``.
+            tensors (COO or CSR, no batch dimensions): see ``_sparse/solve.py``.
         p: (..., n).
         A, b: (..., m, n) and (..., m), or None: no equalities.
         G, h: (..., k, n) and (..., k), or None: no inequalities; entries of h may be ``inf``.
@@ -49,13 +49,13 @@ def solve_qp(
         on_failure: what happens where there is no solution: ``"raise"``, ``"warn"`` or ``"nan"``; the last two
             give x = NaN there. The other problems of the batch are solved as if alone.
 
-    What becomes of its neighbours does not change a solved problem of a batch. On the compiled path (``"numba"``, which
-    ``"auto"`` takes on the CPU if numba is installed; its first call compiles for some twenty seconds) it is bit-equal
-    to being solved alone. Elsewhere that holds with up to 24 rows of constraints; beyond, it is equal to rounding (CPU;
-    ``_products`` says why).
+    A solved problem of a batch does not depend on its neighbours. On the compiled path (``"numba"``, which ``"auto"``
+    takes on the CPU if numba is installed; its first call compiles for some twenty seconds) it is bit-equal to being
+    solved alone. On the other paths this holds with up to 24 rows of constraints; beyond, it is equal to rounding (on
+    the CPU; ``_system/products.py`` says why).
 
-    Any argument may have leading batch dimensions, which broadcast; a matrix without them is shared by the
-    batch, which is much the fastest. float32 in gives float32 out; inside it is float64.
+    Any argument may have leading batch dimensions, which broadcast. A matrix without them is shared by the batch,
+    which is much the fastest. float32 in gives float32 out; the computation is in float64.
 
     Returns:
         :class:`QPSolution`: x, nu, lam, status, active. x, nu and lam are differentiable in all six arguments, to
@@ -67,7 +67,7 @@ def solve_qp(
         MissingSolverError: the solver named is not installed.
 
     Source: Pan et al., "BPQP: A differentiable convex optimization framework for efficient end-to-end learning",
-    NeurIPS 2024 (its printed backward formulas have errors; see ``_kkt`` for the ones used here).
+    NeurIPS 2024 (its printed backward formulas have errors; see ``_system/kkt.py`` for the ones used here).
 
     The point of the half-space ``x_1 + x_2 <= 1`` nearest to (1, 1), and how it moves with h:
 
@@ -105,7 +105,7 @@ def solve_qp(
 def _solve_compiled(
     data: tuple[Tensor, ...], options: Request, shape: torch.Size, dtype: torch.dtype
 ) -> QPSolution | None:
-    """The same by compiled code; None where all of it is for the general path."""
+    """The solution by compiled code; None where no problem is certified and the general path must solve all."""
     from newton_plugin.convex._compiled.qp import CompiledQP, find, stacked
 
     flat = tuple(
@@ -134,7 +134,7 @@ def _solution(
     name: str,
     system: Any,
 ) -> QPSolution:
-    """x (B, >= n), y (B, >= m + k), status (B,), active (B, >= m + k), as the caller sees them."""
+    """The result in the caller's shapes; ``found``: x (B, >= n), y (B, >= m + k), status (B,), active (B, >= m + k)."""
     x, y, status, active = found
     n, m, k = sizes
     if on_failure != "raise":
@@ -142,7 +142,7 @@ def _solution(
         x, y = x.masked_fill(failed, torch.nan), y.masked_fill(failed, torch.nan)
 
     def finish(t: Tensor, start: int, width: int) -> Tensor:
-        # Each operation that changes nothing would still cost its time, and again in the backward pass.
+        # Skip operations that change nothing: each costs time, and again in the backward pass.
         t = t if t.shape[-1] == width else t[:, start : start + width]
         t = t if len(shape) == 1 else t.reshape(*shape, width)
         return t if t.dtype in (dtype, torch.bool) else t.to(dtype)
@@ -155,7 +155,7 @@ def _solution(
 class BPQPLayer(torch.nn.Module):
     """:func:`solve_qp` as a module: ``layer(Q, p, A, b, G, h)`` gives x.
 
-    It holds only the options; all data are arguments, as in qpth's QPFunction. For the multipliers and the
+    It holds only the options; all data are arguments of the call, as in qpth's QPFunction. For the multipliers and the
     status call ``layer.solve(...)``.
 
     >>> layer = BPQPLayer(solver="torch")

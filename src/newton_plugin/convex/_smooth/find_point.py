@@ -21,7 +21,7 @@ __all__ = ["FindPoint", "Request"]
 
 
 class Settings(Protocol):
-    """What is used of a ConvexLayer."""
+    """The options of a ConvexLayer that are used here."""
 
     variables: int
     solver: Callable[[Any], Any] | None
@@ -39,7 +39,7 @@ class Request:
 
 
 class FindPoint(torch.autograd.Function):
-    """theta -> u, a tensor of length m, active, K^-1, status; nothing of it is differentiable."""
+    """theta -> u, a tensor of length m, active, K^-1, status; none of these is differentiable."""
 
     @staticmethod
     def forward(request: Request, *leaves: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -76,7 +76,7 @@ class FindPoint(torch.autograd.Function):
                 flat.append(leaf)
                 dims.append(None)
                 continue
-            if dim is None:  # mapped now, shared before
+            if dim is None:  # mapped by this vmap, shared before
                 leaf = leaf.movedim(mapped, 0)
                 leaf = leaf.unsqueeze(1).expand(size, batch, *leaf.shape[1:]).flatten(0, 1)
             else:

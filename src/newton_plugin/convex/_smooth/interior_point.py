@@ -1,15 +1,15 @@
 r"""A primal-dual interior-point method for a batch of smooth convex programs.
 
-With slacks s > 0, g(x) + s = 0, Newton's method on the optimality conditions whose products lam_i s_i are set to
-mu; mu goes to zero as they come to hold. Each round eliminates the slacks and solves
+With slacks s > 0 and g(x) + s = 0, Newton's method solves the optimality conditions in which the products lam_i s_i are
+set to mu; mu goes to zero as these conditions come to hold. Each round eliminates the slacks and solves
 
     [ P + G' diag(lam/s) G   E' ] [ dx  ]
     [ E                      0  ] [ dnu ]  =  right-hand side.
 
-The step stops short of the boundary and is halved until the merit function ``f - mu sum log s + rho |(e, g + s)|_1``
-falls, for which the direction is one of descent. No feasible start is needed. Each problem of the batch has its
-own mu, rho and step length. The objective is divided by the size of its derivatives at the start, for mu, rho and
-the tolerance are numbers that suit one of size 1.
+The step stops short of the boundary. It is halved until the merit function ``f - mu sum log s + rho |(e, g + s)|_1``
+falls, of which it is a descent direction. No feasible start is needed. Each problem of the batch has its own mu, rho
+and step length. The objective is divided by the size of its derivatives at the start, because mu, rho and the tolerance
+are numbers that suit an objective of size 1.
 
 Source: Nocedal and Wright, Numerical Optimization, second edition, algorithm 19.2.
 """
@@ -48,7 +48,7 @@ def interior_point(
     tolerance: float = 1e-9,
     rounds: int = 100,
 ) -> tuple[Point, Tensor]:
-    """The solution to about ``tolerance``, and a status (B,); start (B, n)."""
+    """The solution from ``start`` (B, n), accurate to about ``tolerance``, and a status (B,)."""
     _, e, g = program.values(start, leaves, dims)
     first = program.derivatives(start, torch.zeros_like(e), torch.zeros_like(g), leaves, dims)
     unit = torch.maximum(_norm(first.gradient), first.P.abs().amax((-2, -1))).unsqueeze(-1)
@@ -94,7 +94,7 @@ def interior_point(
                 break
             length = torch.where(worse, 0.5 * length, length)
         dual = _largest(point.lam, step.lam) * (~done).unsqueeze(-1)
-        frozen = done.unsqueeze(-1)  # 0 * inf would spoil them
+        frozen = done.unsqueeze(-1)  # a step of 0 * inf would make them NaN
         x, slack = torch.where(frozen, point.x, x), torch.where(frozen, point.slack, slack)
         point = Point(
             x,
@@ -161,7 +161,7 @@ def _largest(value: Tensor, change: Tensor, fraction: float = 0.995) -> Tensor:
 
 
 def _diagnose(d: Derivatives, point: Point) -> Tensor:
-    """Why it did not converge, where that can be told: multipliers without bound prove infeasibility."""
+    """Why it did not converge, where this shows: multipliers that grow without bound prove infeasibility."""
     size = _norm(point.nu) + _norm(point.lam)
     pull = _norm(_t(d.E, point.nu) + _t(d.G, point.lam))
     violated = torch.maximum(d.e.abs().amax(-1) if d.e.shape[-1] else torch.zeros_like(size), torch.zeros_like(size))

@@ -1,14 +1,14 @@
 r"""ConvexLayer: the solution of any smooth convex program as a differentiable function of its parameters.
 
-The optimality conditions F(u, theta) = 0 define u = (x, nu, lam). Starting *at* the solution u0, a constant, one
-step of Newton's method with the constant matrix K = dF/du,
+The optimality conditions F(u, theta) = 0 define u = (x, nu, lam). Start *at* the solution u0, a constant. One step of
+Newton's method with the constant matrix K = dF/du,
 
     u1 = u0 - K^-1 F(u0, theta),
 
-changes no value but has the right derivative, du/dtheta = -K^-1 dF/dtheta: its backward is BPQP's, ``z' d(grad_x
+changes no value but has the right derivative, du/dtheta = -K^-1 dF/dtheta. Its backward is that of BPQP: ``z' d(grad_x
 Lagrangian)/dtheta + w' d(constraints)/dtheta`` with (z, w) from a linear system in the Hessian of the Lagrangian
-and the active rows. A second step with the same K has the right second derivative (an error of order d in theta
-is one of order d^2 after the first step and d^3 after the second). Both steps are ordinary torch operations, so
+and the active rows. A second step with the same K has the right second derivative: an error of order d in theta
+is one of order d^2 after the first step and of order d^3 after the second. Both steps are ordinary torch operations, so
 vmap, jacrev and hessian need nothing special. Derivatives beyond the second are not right.
 """
 
@@ -48,7 +48,7 @@ class ConvexLayer(torch.nn.Module):
             or None. A second-order cone is one entry: ``norm(A @ x + b) - (c @ x + d)``.
         variables: n, the length of x.
         solver: None (the built-in interior-point method) or a callable ``theta -> (x, nu, lam)`` for one theta;
-            its answer is polished and checked, its active rows included, so moderate accuracy will do.
+            its answer is polished and checked, including its active rows, so moderate accuracy is enough.
         start: (n,), where the built-in method begins; not a point where a norm of the program has its kink.
         on_failure: ``"raise"``, ``"warn"`` or ``"nan"``, as for :func:`solve_qp`.
 

@@ -1,17 +1,17 @@
 """From a solver's answer to a point that meets the optimality conditions to the last digits.
 
-1. The active rows are guessed: the multiplier, in units of the gradient, exceeds the slack, in units of x. The unit of
-   the gradient is ``1 + |gradient|``, as in every tolerance here. (The gradient alone is no unit: it vanishes at a
-   solution inside, where what is left of it, 1e-10, is the multiplier itself. The ratio is 1/2 then, and any row with
-   less slack would be held active.) Only where nothing comes of that guess, the gradient alone is the unit: a small
-   objective has small multipliers.
+1. The active rows are guessed: a row is active if its multiplier, in units of the gradient, exceeds its slack, in units
+   of x. The unit of the gradient is ``1 + |gradient|``, as in every tolerance here. (The gradient alone is no unit. It
+   vanishes at a solution inside the constraints: what is left of it, 1e-10, is the multiplier itself. The ratio is then
+   1/2, and any row with less slack would be held active.) Only if this guess leads to no solution, the unit is the
+   gradient alone: a small objective has small multipliers.
 2. Newton's method on the optimality conditions with these rows.
-3. The conditions are checked. Where they do not hold, rows with a negative multiplier leave the active ones, rows that
-   are violated enter, and step 2 begins again from the solver's answer.
-4. Rows with slack and multiplier both zero are left out, as in ``_active_set``: the solution has a kink there, and that
+3. The conditions are checked. Where they do not hold, rows with a negative multiplier leave the active ones, violated
+   rows enter, and step 2 begins again from the solver's answer.
+4. Rows with slack and multiplier both zero are left out, as in ``_active_set``: the solution has a kink there, and this
    gives the one-sided derivative for changes that take x off the constraint.
 
-Each problem of the batch goes its own way; one that is solved is not touched again.
+Each problem of the batch is treated separately; one that is solved is not touched again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from newton_plugin.convex._status import Status
 
 __all__ = ["Answer", "Polished", "polish"]
 
-_TIGHT = 1e-9  # of what is called a solution
-_FINE = 1e-12  # of the signs by which rows change sides
+_TIGHT = 1e-9  # tolerance of the optimality conditions
+_FINE = 1e-12  # tolerance of the signs by which rows change sides
 _ROUNDS = 10
-_AT_ONCE = 4  # rounds in which all wrong rows change sides; then the first only, which does not go round in circles
+_AT_ONCE = 4  # rounds in which all wrong rows change sides; after them only the first, which cannot cycle
 
 
 class Polished(NamedTuple):
@@ -51,13 +51,13 @@ class Polished(NamedTuple):
     """(B, k): active rows with a multiplier of zero."""
 
     def put(self, index: Tensor, part: Polished, good: Tensor) -> Polished:
-        """With the problems at ``index`` replaced by those of ``part``, where ``good``."""
+        """Replace the problems at ``index`` by those of ``part``, where ``good``."""
         index = index[good]
         return Polished(*(old.index_copy(0, index, new[good]) for old, new in zip(self, part, strict=True)))
 
 
 class Answer(NamedTuple):
-    """What a solver said of B problems, n variables and m equalities each."""
+    """A solver's answer to B problems, n variables and m equalities each."""
 
     program: Program
     leaves: tuple[Tensor, ...]
@@ -68,7 +68,7 @@ class Answer(NamedTuple):
     slack: Tensor
     """(B, k)."""
     status: Tensor
-    """(B,): what is not SOLVED stays as it is."""
+    """(B,): a problem that is not SOLVED keeps its status."""
 
     def at(self, index: Tensor) -> Answer:
         leaves = tuple(leaf if dim is None else leaf[index] for leaf, dim in zip(self.leaves, self.dims, strict=True))
@@ -87,7 +87,7 @@ def polish(answer: Answer) -> Polished:
     if len(idle):
         rows = best.active[idle] & ~best.weak[idle]
         without = _newton(answer.at(idle)._replace(u=best.u[idle]), rows)
-        # Not where x is free to move without them.
+        # Where x would be free to move without these rows, they stay.
         best = best.put(idle, without, (without.status == 0) & (without.unique | ~best.unique[idle]))
     return best
 
@@ -114,7 +114,7 @@ def _search(answer: Answer, active: Tensor) -> Polished:
         if i >= _AT_ONCE:
             wrong = wrong & (wrong.cumsum(-1) == 1)
         part = _newton(answer.at(index), best.active[index] ^ wrong)
-        # Signs at the level of rounding are not worth a solution.
+        # A wrong sign at the level of rounding is no reason to give up a solution.
         better = (part.status == 0) | (best.status[index] != 0)
         best.wrong[index[~better]] = False
         best = best.put(index, part, better)
@@ -122,7 +122,7 @@ def _search(answer: Answer, active: Tensor) -> Polished:
 
 
 def _newton(answer: Answer, active: Tensor) -> Polished:
-    """The solutions with these rows active, and whether they are solutions at all."""
+    """The solutions with these rows active, checked."""
     program, sizes, leaves = answer.program, answer.sizes, answer.leaves
     first = sum(sizes)
     u = torch.cat((answer.u[:, :first], answer.u[:, first:] * active), -1)
@@ -144,7 +144,7 @@ def _newton(answer: Answer, active: Tensor) -> Polished:
 
 
 def _inverse(d: Derivatives, active: Tensor) -> tuple[Tensor, Tensor]:
-    """K^-1, (B, n + m + k, n + m + k), the pseudo-inverse where K is singular; whether it is not."""
+    """K^-1, (B, n + m + k, n + m + k), the pseudo-inverse where K is singular; and whether K is regular."""
     n, m, k = d.P.shape[-1], d.e.shape[-1], d.g.shape[-1]
     K = d.P.new_zeros(len(d.P), n + m + k, n + m + k)
     K[:, :n, :n], K[:, :n, n : n + m], K[:, :n, n + m :] = d.P, d.E.mT, d.G.mT
@@ -152,7 +152,7 @@ def _inverse(d: Derivatives, active: Tensor) -> tuple[Tensor, Tensor]:
     K[:, n + m :, :n] = d.G * active.unsqueeze(-1)
     K.diagonal(dim1=-2, dim2=-1)[:, n + m :] = (~active).to(K.dtype)
     K = torch.where(torch.isfinite(K).all(-1).all(-1)[:, None, None], K, torch.eye(n + m + k).to(K))
-    # Large second derivatives beside rows of length one would make K look singular: x in units of root(1 / P).
+    # Large second derivatives beside rows of length one would make K look singular: scale x by root(1 / P).
     unit = d.P.abs().flatten(1).amax(-1, keepdim=True).nan_to_num(1.0, 1.0).clamp(min=1.0).rsqrt()
     column = torch.cat((unit.expand(-1, n), (1 / unit).expand(-1, m + k)), -1)
     row = torch.cat((column[:, : n + m], torch.where(active, 1 / unit, unit)), -1)
@@ -166,7 +166,7 @@ def _inverse(d: Derivatives, active: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(answer: Answer, d: Derivatives, found: Polished) -> Polished:
-    """With the status: the optimality conditions, and convexity where it shows; what is wrong, and what is weak."""
+    """Set the status (optimality conditions, and convexity where it shows), the wrong rows and the weak rows."""
     n, m = answer.sizes
     u, active = found.u, found.active
     x, nu, lam = u[:, :n], u[:, n : n + m], u[:, n + m :]

@@ -63,7 +63,7 @@ class Program:
         return self._rows(self.inequality, x, leaves)
 
     def _g_if(self, some: Tensor, x: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
-        """g; a constant unless ``some``, for zero times the infinite curvature of a norm at its centre is NaN."""
+        """g; unless ``some``, a constant: zero times the infinite curvature of a norm at its centre would be NaN."""
         x, *rest = (torch.where(some, t, t.detach()) if t.is_floating_point() else t for t in (x, *leaves))
         return self.g(x, tuple(rest))
 

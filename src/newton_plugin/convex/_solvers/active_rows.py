@@ -1,4 +1,4 @@
-"""Working rows from a solver's multipliers."""
+"""Which rows are active, read from a solver's approximate solution and multipliers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Who finds the active rows: one small protocol, and the choice that ``solver="auto"`` makes.
+"""The solver of a given name, and the choice that ``solver="auto"`` makes.
 
-A solver only has to say which rows are active. Everything else (x and the multipliers to full accuracy, the check
-of the optimality conditions, statuses, derivatives) is the work of ``_active_set``, the same for all: a solver
-that stops early or is wrong costs time, never accuracy.
+A solver only has to say which rows are active. Everything else is the work of ``_active_set``, the same for all
+solvers: x and the multipliers to full accuracy, the check of the optimality conditions, statuses and derivatives. A
+solver that stops early or is wrong costs time, never accuracy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
 from newton_plugin.convex._solvers.active_rows import rows_from_duals
+from newton_plugin.convex._solvers.external import EXTERNAL, ExternalSolver
 from newton_plugin.convex._solvers.protocol import QPSolver, Solver
 from newton_plugin.convex._status import MissingSolverError
 from newton_plugin.convex._system.problem import Problem
@@ -39,7 +40,7 @@ class TorchSolver:
 
 
 class CompiledSolver:
-    """The built-in solver compiled by numba, where ``solve_qp`` cannot hand the whole problem to ``_compiled``."""
+    """The built-in solver compiled by numba, for calls in which ``_compiled`` cannot do the whole of ``solve_qp``."""
 
     name = "numba"
 
@@ -58,7 +59,7 @@ class CallableSolver:
     """The user's own function ``(Q, p, A, b, G, h) -> (x, nu, lam)`` on B problems.
 
     Vectors come as (B, ...), matrices as (n, n) where shared and (B, n, n) where not; A, b, G, h may have no
-    rows. Low accuracy will do: only the active rows are read off.
+    rows. Low accuracy is enough: only the active rows are read from the answer.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -84,9 +85,6 @@ class CallableSolver:
 
 def choose(solver: Solver, problem: Problem) -> QPSolver:
     """The solver of this name, for this problem."""
-    # The optional solvers are looked up here and not above: they import this module.
-    from newton_plugin.convex._solvers.external import EXTERNAL, ExternalSolver
-
     if isinstance(solver, str):
         if solver == "numba" or (solver == "auto" and prefers_compiled(solver, problem.p)):
             return CompiledSolver()
@@ -109,12 +107,12 @@ def choose(solver: Solver, problem: Problem) -> QPSolver:
 
 
 def prefers_compiled(solver: Solver, p: Tensor) -> bool:
-    """Whether the compiled solver is asked for, or is there and faster than the others."""
+    """Whether to use the compiled solver: it is asked for, or ``"auto"``; and it is installed and fits the data."""
     return solver in ("auto", "numba") and p.device.type == "cpu" and p.dtype == torch.float64 and _installed("numba")
 
 
 def prefers_daqp(problem: Problem) -> bool:
-    """Whether DAQP, if it is installed, measured faster than the torch solver."""
+    """Whether DAQP is installed and, by measurement, faster than the torch solver."""
     return problem.p.device.type == "cpu" and problem.p.shape[1] <= 200 and _installed("daqp")
 
 

@@ -1,7 +1,7 @@
-"""Solvers from wheels: DAQP, PIQP, Clarabel, OSQP, on one problem at a time; each imported when it is first used.
+"""Solvers of other packages: DAQP, PIQP, Clarabel and OSQP, each imported when it is first used.
 
-A function here takes (Q, p, C, c, m), numpy arrays or scipy.sparse matrices, and returns a status, x and the
-multipliers y of all rows. Their accuracy does not matter beyond telling active rows from the others.
+Each function here solves one problem. It takes (Q, p, C, c, m), numpy arrays or scipy.sparse matrices, and returns a
+status, x and the multipliers y of all rows. Their accuracy only has to tell active rows from the others.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Answer = tuple[Status, Any, Any]
 
 _EXTRA = '"newton-plugin[convex]"'
 _EQUALITY = 5  # DAQP's code
-_FAR = 1e30  # what these solvers take for "no bound"
+_FAR = 1e30  # these solvers read it as "no bound"
 
 
 def load(module: str, install: str) -> Any:
-    """The module, or an error that names what to install."""
+    """The module; if it is missing, an error that says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -39,7 +39,7 @@ def load(module: str, install: str) -> Any:
 
 
 def daqp(Q: Any, p: Any, C: Any, c: Any, m: int) -> Answer:
-    """A dual active-set method in C: exact; the quickest for few variables.
+    """A dual active-set method in C: exact, and the fastest for few variables.
 
     Source: Arnstrom, Bemporad, Axehill, "A dual active-set solver for embedded quadratic programming using
     recursive LDL' updates", IEEE Transactions on Automatic Control 2022.
@@ -77,7 +77,7 @@ def piqp(Q: Any, p: Any, C: Any, c: Any, m: int) -> Answer:
 
 
 def clarabel(Q: Any, p: Any, C: Any, c: Any, m: int) -> Answer:
-    """An interior-point method with sparse factorisations; the choice for large sparse problems.
+    """An interior-point method with sparse factorisations, for large sparse problems.
 
     Source: Goulart and Chen, "Clarabel: An interior-point solver for conic programs with quadratic objectives",
     2024.
@@ -138,7 +138,7 @@ EXTERNAL: dict[str, Callable[..., Answer]] = {"clarabel": clarabel, "daqp": daqp
 
 
 def ask(fn: Callable[..., Answer], Q: Any, p: Any, C: Any, c: Any, m: int) -> Answer:
-    """The solver's answer; whatever it raises on data that it cannot take is no answer, and others decide."""
+    """The solver's answer. An exception on data that it cannot take counts as NOT_CONVERGED, so that others decide."""
     try:
         return fn(Q, p, C, c, m)
     except MissingSolverError:
@@ -148,7 +148,7 @@ def ask(fn: Callable[..., Answer], Q: Any, p: Any, C: Any, c: Any, m: int) -> An
 
 
 class ExternalSolver:
-    """One of these, on a batch: one problem after the other."""
+    """One of the solvers above on a batch: one problem after the other."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -170,12 +170,12 @@ class ExternalSolver:
 
 
 def each(matrices: Any) -> Iterable[Any]:
-    """The matrices of a batch one by one, a shared one again and again."""
+    """The matrices of a batch one by one; a shared matrix is repeated."""
     return itertools.repeat(matrices) if matrices.ndim == 2 else matrices
 
 
 def daqp_rows(problem: Problem) -> Tensor:
-    """Active rows by DAQP, with everything but the call itself outside the loop (7 us a problem at n = 10)."""
+    """Active rows by DAQP. Only the call itself is inside the loop: 7 us a problem at n = 10."""
     numpy = load("numpy", "numpy")
     solve = load("daqp", _EXTRA).solve
     Q, C, p, c = (t.cpu().numpy() for t in (problem.Q, problem.C, problem.p, problem.c))
@@ -185,7 +185,7 @@ def daqp_rows(problem: Problem) -> Tensor:
     sense = numpy.zeros(c.shape[1], numpy.int32)
     sense[: problem.m] = _EQUALITY
     if Q.ndim == 2 and C.ndim == 2 and len(p) > 1:
-        # Least-distance form in x' = L'x: one factorisation for the batch, and the same multipliers.
+        # Least-distance form, x' = L'x: one factorisation for the batch, and the multipliers stay the same.
         factor, info = torch.linalg.cholesky_ex(problem.Q)
         if int(info) == 0:
             C = torch.linalg.solve_triangular(factor, problem.C.mT, upper=False).mT.contiguous().cpu().numpy()

@@ -1,4 +1,4 @@
-"""What a solver of quadratic programs has to give."""
+"""The protocol of a solver of quadratic programs: it says which rows are active."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["QPSolver", "Solver"]
 class QPSolver(Protocol):
     """Finds active rows.
 
-    ``name`` appears as ``QPSolution.solver``. ``active_rows`` gets a :class:`Problem` of B problems in float64
-    (no graph) and returns a boolean (B, K), true where a row of C is active (equality rows may hold anything),
-    or None: "find them yourself".
+    ``name`` appears as ``QPSolution.solver``. ``active_rows`` gets a :class:`Problem` of B problems in float64, without
+    a graph. It returns a boolean (B, K), true where a row of C is active (the entries of equality rows are ignored), or
+    None, which leaves the search to the built-in solver.
     """
 
     name: str

@@ -1,1 +1,1 @@
-"""Quadratic programs with sparse matrices."""
+"""Quadratic programs with sparse matrices: solve.py is the function, system.py the factored optimality system."""

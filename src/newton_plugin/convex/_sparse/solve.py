@@ -1,9 +1,9 @@
-"""Sparse quadratic programs: the same function of the data, through ``_sparse_system``.
+"""Sparse quadratic programs: the same function of the data as for dense ones, through ``system.py``.
 
-Q, A and G are sparse tensors (COO or CSR), shared by the batch; p, b and h may have batch dimensions, which are a
-loop. Backward and double backward are solves with the factors of the forward pass, and the gradients of Q, A and G
-exist at the stored entries only. Second derivatives exist in p, b and h; in the entries of Q, A and G they are an
-error, for PyTorch's sparse tensors would drop them silently.
+Q, A and G are sparse tensors (COO or CSR), shared by the batch. p, b and h may have batch dimensions, which are solved
+in a loop. Backward and double backward are solves with the factors of the forward pass, and the gradients of Q, A and G
+exist at the stored entries only. Second derivatives exist in p, b and h. In the entries of Q, A and G they raise an
+error, because PyTorch's sparse tensors would drop them silently.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["is_sparse", "solve_sparse"]
 
 
 def is_sparse(tensor: Tensor | None) -> bool:
-    """COO or CSR."""
+    """Whether it is a tensor in COO or CSR layout."""
     return isinstance(tensor, Tensor) and tensor.layout in (torch.sparse_coo, torch.sparse_csr)
 
 
@@ -38,7 +38,7 @@ def solve_sparse(
     reg: float,
     on_failure: str,
 ) -> QPSolution:
-    """As :func:`solve_qp`; arguments checked for presence and type there."""
+    """As :func:`solve_qp`, which has checked that arguments are complete and of the right type."""
     given = {name: t for name, t in zip("QpAbGh", (Q, p, A, b, G, h), strict=True) if isinstance(t, Tensor)}
     away = [f"{name} on {t.device}" for name, t in given.items() if t.device.type != "cpu"]
     if away:
@@ -119,7 +119,7 @@ class _Once(torch.autograd.Function):
 
 
 class SparseSolve(torch.autograd.Function):
-    """x, y = K^-1 (rx, ry), differentiable in the stored values of Q and C and in rx, ry; as ``_kkt.KKTSolve``."""
+    """x, y = K^-1 (rx, ry), differentiable in the stored values of Q and C and in rx, ry; as ``KKTSolve``."""
 
     @staticmethod
     def forward(q: Tensor, c: Tensor, rx: Tensor, ry: Tensor, system: SparseSystem) -> tuple[Tensor, Tensor]:  # type: ignore[override]

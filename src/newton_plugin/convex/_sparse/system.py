@@ -3,13 +3,13 @@ r"""The optimality system of one large sparse QP, factored with its sparsity.
     [ Q + dI   C_W' ] [ x   ]   [ -p  ]
     [ C_W      -dI  ] [ y_W ] = [ c_W ]
 
-is quasi-definite for the working rows W and d > 0, so it has a sparse factorisation without pivoting for any convex
-Q and any rows, dependent ones too; steps of iterative refinement take d out again (the proximal-point method; d is
-1e-9 of the scale of Q and C).
+is quasi-definite for the working rows W and d > 0. So it has a sparse factorisation without pivoting for any convex
+Q and any rows, also dependent ones. Steps of iterative refinement remove the effect of d (the proximal-point method;
+d is 1e-9 of the scale of Q and C).
 
-W comes from a solver of low accuracy and is repaired by block exchanges as in ``_pivoting``: rows with a negative
-multiplier leave, violated rows enter, until the optimality conditions hold. What a solver claims is thereby
-checked, except its claim that there is no solution.
+W comes from a solver of low accuracy and is repaired by block exchanges as in ``_active_set/pivoting.py``: rows with a
+negative multiplier leave and violated rows enter, until the optimality conditions hold. This checks what a solver
+claims, except a claim that there is no solution.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["SparseSystem"]
 _SHIFT = 1e-9
 _ROUNDS = 30
 _SIGN = 1e-11  # relative: a multiplier or a slack below minus this is negative
-_VIOLATION = 1e-9  # relative: of the conditions in force, at the end
+_VIOLATION = 1e-9  # relative: allowed at the end, of stationarity and of the rows in force
 _AUTOMATIC = ("piqp", "clarabel", "osqp")  # in the order of their measured times
 _EXTRA = '"newton-plugin[convex]"'
 
@@ -44,7 +44,7 @@ class SparseSystem:
         self.working = torch.zeros(count, dtype=torch.bool)
 
     def find(self, q: Tensor, p: Tensor, c_values: Tensor, c: Tensor, solver: Any) -> tuple[Status, str]:
-        """Set the working rows and the factors. Values without a graph -> status, the solver's name."""
+        """Set the working rows and the factors -> status, the solver's name. Values are used without their graph."""
         np = self.numpy
         entries, linear, values, right = (t.detach().numpy() for t in (q, p, c_values, c))
         finite = all(np.isfinite(part).all() for part in (entries, linear, values, right[: self.m]))

@@ -1,1 +1,1 @@
-"""One quadratic program in standard form: its rows, its factors and its KKT system."""
+"""One batch of quadratic programs in standard form: its rows, its factors and its optimality (KKT) system."""

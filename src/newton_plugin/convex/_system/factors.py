@@ -1,4 +1,4 @@
-"""The factors of a batch of optimality systems: made once by the solver, kept for every derivative."""
+"""The factors of a batch of optimality systems: computed once by the solver, kept for every derivative."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Factors(NamedTuple):
     """(B,) number of steps of iterative refinement that follow."""
 
     def at(self, index: Tensor) -> Factors:
-        """Those of these batch indices."""
+        """The factors of these batch indices."""
         return Factors(own(self.cholesky, index), *(t[index] for t in self[1:]))
 
 
@@ -45,7 +45,7 @@ def no_factors(cholesky: Tensor, batch: int) -> Factors:
 
 
 def put(factors: Factors, index: Tensor, part: Factors) -> Factors:
-    """Replace the factors of these batch indices (all but that of Q)."""
+    """Replace the factors of these batch indices. The factor of Q stays."""
     n = factors.cholesky.shape[-1]
     f = max(factors.rows.shape[1], part.rows.shape[1])
     size = n + f if factors.inverse.shape[1] or part.inverse.shape[1] else 0
@@ -90,9 +90,9 @@ def inside(factors: Factors, count: int) -> Tensor:
 
 
 def factor_rows(problem: Problem, cholesky: Tensor, active: Tensor, refined: Tensor) -> Factors:
-    """Factors for these active rows (B, K); by the pseudo-inverse where the rows are (nearly) dependent."""
+    """Factors for these active rows (B, K). Where the rows are (nearly) dependent, the pseudo-inverse is used."""
     count = active.shape[-1]
-    if count <= 24:  # the width depends on the shape alone, as bits ask for: see _products
+    if count <= 24:  # equal bits need a width that depends on the shape alone: see products.py
         index, present = torch.arange(count, device=active.device).expand_as(active), active
     else:
         index, present = compress(active, 24)
@@ -117,9 +117,9 @@ def pseudo_inverse(Q: Tensor, C_rows: Tensor, present: Tensor) -> tuple[Tensor, 
 
     Q (B, n, n), the working rows C_rows (B, f, n), present (B, f) -> (B, n + f, n + f), (B,).
 
-    K is scaled to rows of about unit size first (D K D), so that its rank does not depend on units. The
-    minimiser is unique where Q is definite on the null space of the rows: where K, restricted to an independent
-    set of rows, has no null vector with a part in x.
+    K is scaled first to rows of about unit size (D K D), so that its rank does not depend on units. The minimiser is
+    unique where Q is definite on the null space of the rows. This is so where K, restricted to an independent set of
+    rows, has no null vector with a part in x.
     """
     n, f = Q.shape[-1], C_rows.shape[-2]
     C_rows = C_rows * present.unsqueeze(-1)

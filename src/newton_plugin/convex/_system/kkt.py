@@ -6,20 +6,19 @@ the *linear* system
     [ Q    C_W' ] [ x   ]   [ -p  ]
     [ C_W  0    ] [ y_W ] = [ c_W ]
 
-so everything about its derivatives is the derivative of a linear solve ``u = K^-1 r``. With the adjoint
-``v = K^-1 (dL/du)``, and K symmetric::
+so its derivatives are those of a linear solve ``u = K^-1 r``. With the adjoint ``v = K^-1 (dL/du)``, and K symmetric::
 
     dL/dr = v        dL/dQ = -(v_x x' + x v_x')/2        dL/dC = -(y v_x' + v_y x')
 
-Put z = -v_x, w = -v_y for r = (-p, c) and this is the backward pass of BPQP (Pan et al., NeurIPS 2024): z solves
+With z = -v_x, w = -v_y and r = (-p, c) this is the backward pass of BPQP (Pan et al., NeurIPS 2024): z solves
 the equality-constrained QP min 1/2 z'Qz + g'z, C_W z = 0. One :class:`torch.autograd.Function` calls itself in
 its backward and forward mode, so double backward and every composition of ``torch.func`` follow.
 
-**How K is solved.** With Q = L L' and S = C_W Q^-1 C_W' = R R' (both factored by the solver already)::
+**How K is solved.** With Q = L L' and S = C_W Q^-1 C_W' = R R' (the solver has factored both)::
 
     y_W = S^-1 (C_W Q^-1 r_x - r_y)        x = Q^-1 (r_x - C_W' y_W)
 
-Where Q is singular (a linear program) or rows of C_W depend on each other, K's pseudo-inverse is used instead,
+Where Q is singular (a linear program) or rows of C_W depend on each other, the pseudo-inverse of K is used instead,
 for these problems only.
 """
 
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from newton_plugin.convex._system.factors import Factors
 from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
-from newton_plugin.convex._system.transforms import _refuse_nested_forward, flatten_mapped
+from newton_plugin.convex._system.transforms import flatten_mapped, refuse_nested_forward
 
 __all__ = [
     "KKTSolve",
@@ -53,6 +52,7 @@ def _gather(values: Tensor, factors: Factors) -> Tensor:
 
 
 def _once(C: Tensor, rx: Tensor, ry: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    """K^-1 (rx, ry) without refinement."""
     n, count = rx.shape[1], ry.shape[1]
     if factors.rows.shape[1] == 0:
         ux, uy = cholesky_apply(factors.cholesky, rx), torch.zeros_like(ry)
@@ -70,9 +70,9 @@ def _once(C: Tensor, rx: Tensor, ry: Tensor, factors: Factors) -> tuple[Tensor, 
 
 
 def kkt_apply(Q: Tensor, C: Tensor, rx: Tensor, ry: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """``K^-1 (rx, ry)``: rx (B, n, r), ry (B, K, r), of which only working rows count -> the same shapes.
+    """``K^-1 (rx, ry)``: rx (B, n, r), ry (B, K, r) -> the same shapes. Only the working rows of ry count.
 
-    Refinement solves again for the residual, which is computed from Q and C themselves and not from factors.
+    Each step of refinement solves for the residual, which is computed from Q and C and not from their factors.
     """
     ux, uy = _once(C, rx, ry, factors)
     for step in range(int(factors.refined.max()) if factors.refined.numel() else 0):
@@ -86,8 +86,8 @@ def kkt_apply(Q: Tensor, C: Tensor, rx: Tensor, ry: Tensor, factors: Factors) ->
 class KKTSolve(torch.autograd.Function):
     """``u = K^-1 r`` with derivatives in Q, C and r, in both modes, of any order.
 
-    ``known``: u, if the caller has it already (the solver does), else None twice. Shapes as in
-    :func:`kkt_apply`; Q (n, n) or (B, n, n), C (K, n) or (B, K, n).
+    Arguments: Q (n, n) or (B, n, n), C (K, n) or (B, K, n); rx and ry as in :func:`kkt_apply`; the two parts of u
+    where the caller knows it already (the solver does), else None twice; and the fields of ``Factors``.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class KKTSolve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
-        _refuse_nested_forward()
+        refuse_nested_forward()
         Q, C, ux, uy, *factors = ctx.saved_tensors
         tQ, tC, tx, ty = tangents[:4]
         rx = torch.zeros_like(ux) if tx is None else tx
@@ -141,7 +141,7 @@ class KKTSolve(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
         if all(d is None for i, d in enumerate(in_dims) if i not in (2, 3)):
-            # Only right-hand sides are mapped: they are more columns of the same systems.
+            # Only right-hand sides are mapped: they become more columns of the same systems.
             columns = [_stack_columns(value, dim, size) for value, dim in zip(args[2:4], in_dims[2:4], strict=True)]
             out = KKTSolve.apply(*args[:2], *columns, *args[4:])
             return tuple(u.unflatten(-1, (size, -1)).movedim(-2, 0) for u in out), (0, 0)
@@ -155,7 +155,7 @@ class KKTSolve(torch.autograd.Function):
 
 
 def _outer(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """``a b' + c d'``: for single columns by products of entries, quicker than a batched matrix product."""
+    """``a b' + c d'``. Single columns are multiplied entry by entry, which is faster than a batched matrix product."""
     if a.shape[-1] == 1:
         return torch.addcmul(a * b.mT, c, d.mT)
     return a @ b.mT + c @ d.mT

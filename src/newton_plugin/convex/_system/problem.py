@@ -2,8 +2,9 @@ r"""A batch of quadratic programs in the one form that solvers see.
 
     min 1/2 x'Qx + p'x    subject to    C x = c in the first m rows,    C x <= c in the others
 
-The user's A, b, G, h are stacked, vectors always carry the batch dimension, matrices only where they differ
-between problems: Q (n, n) is *shared*, (B, n, n) is not. A single problem is a batch of one with shared matrices.
+C stacks the user's A and G, c stacks b and h. Vectors always carry the batch dimension. Matrices carry it only where
+they differ between problems: Q (n, n) is *shared*, Q (B, n, n) is not. A single problem is a batch of one with shared
+matrices.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Problem", "Tolerances", "condition", "finite", "own"]
+__all__ = ["Problem", "condition", "finite", "own", "zero_tolerance"]
 
 
 class Problem(NamedTuple):
@@ -46,7 +47,7 @@ class Problem(NamedTuple):
 
 
 def own(matrix: Tensor, index: Tensor) -> Tensor:
-    """The matrices of these batch indices, if there are several."""
+    """The matrices of these batch indices; a shared matrix stays shared."""
     return matrix if matrix.ndim == 2 else matrix[index]
 
 
@@ -56,31 +57,17 @@ def finite(problem: Problem) -> Tensor:
     return ok & torch.isfinite(problem.Q).all(-1).all(-1) & torch.isfinite(problem.C).all(-1).all(-1)
 
 
-class Tolerances(NamedTuple):
-    """Relative thresholds of one batch: rounding grows with the condition of Q.
+def zero_tolerance(cholesky: Tensor, batch: int) -> Tensor:
+    """(B, 1): what counts as zero, relative to the terms of a slack or a multiplier; from L of Q = L L'.
 
-    A multiplier is compared with the largest term of the optimality condition and a slack with the terms it is
-    the difference of: units and scales do not matter.
+    ``C x <= c + tolerance * (|c| + |row of C| |x|)`` holds, and ``y >= -tolerance * (scale of the gradient)`` holds:
+    units and scales do not matter. The tolerance grows with the condition of Q, as rounding does.
     """
-
-    slack: Tensor
-    """(B, 1): C x <= c + slack * (|c| + |row of C| |x|) holds."""
-    multiplier: Tensor
-    """(B, 1): y >= -multiplier * (scale of the gradient) holds."""
-
-    @staticmethod
-    def of(cholesky: Tensor, batch: int) -> Tolerances:
-        """From L of Q = L L': (max diag / min diag)^2 is a lower estimate of Q's condition."""
-        value = (4 * torch.finfo(cholesky.dtype).eps * condition(cholesky)).clamp(1e-11, 1e-7)
-        value = value.expand(batch).unsqueeze(-1)
-        return Tolerances(value, value)
-
-    def at(self, index: Tensor) -> Tolerances:
-        """Those of these batch indices."""
-        return Tolerances(self.slack[index], self.multiplier[index])
+    value = (4 * torch.finfo(cholesky.dtype).eps * condition(cholesky)).clamp(1e-11, 1e-7)
+    return value.expand(batch).unsqueeze(-1)
 
 
 def condition(cholesky: Tensor) -> Tensor:
-    """A lower estimate of the condition of ``L L'``: (n, n) -> (), (B, n, n) -> (B,)."""
+    """A lower estimate of the condition of ``L L'``, (max diag / min diag)^2: (n, n) -> (), (B, n, n) -> (B,)."""
     diagonal = cholesky.diagonal(dim1=-2, dim2=-1)
     return (diagonal.amax(-1) / diagonal.amin(-1)) ** 2

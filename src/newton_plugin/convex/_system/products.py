@@ -1,17 +1,17 @@
 """Products and triangular solves for batches whose matrices may be shared.
 
-A batch of problems has one vector each, (B, n), and matrices that are shared, (n, n), or its own, (B, n, n).
-Shared matrices meet all vectors in one matrix product: that is where the speed of sharing lies.
+Each problem of a batch has its own vector, (B, n). Matrices are shared, (n, n), or belong to one problem each,
+(B, n, n). A shared matrix meets all vectors in one matrix product; this is why sharing is fast.
 
-**Bits.** What one problem gets should not depend on its neighbours, so that a failing problem leaves the others
-*bit-equal* to being solved alone. BLAS does not promise that: a product of one column takes another road than
-one of 64, and the tail of a block is summed in another order than its body. Measured (torch's MKL, on a CPU with
-AVX-512): with even row lengths, rows padded to multiples of 8, and widths of Gram matrices to multiples of 24
-(the tile of the double-precision kernel), every entry has the same bits wherever it stands. A problem's own
-matrix times its vector is a multiplication and a sum, which has that property anyway and, for a batch, is 3 times
-as fast as the batched matrix product. What remains is the width of the triangular solves with the working rows,
-which is that of the neighbour with most of them: so bits are equal for up to 24 rows of constraints, where the
-width is fixed, and beyond that results agree to rounding.
+**Bits.** The result of one problem should not depend on its neighbours: a failing problem must leave the others
+*bit-equal* to being solved alone. BLAS does not promise that. It computes a product of one column in another way than a
+product of 64, and it sums the tail of a block in another order than its body. Measured (torch's MKL, on a CPU with
+AVX-512): every entry has the same bits wherever it stands if row lengths are even, rows are padded to multiples of 8,
+and widths of Gram matrices to multiples of 24 (the tile of the double-precision kernel). The product of a problem's own
+matrix and vector is a multiplication and a sum: this has the property anyway, and for a batch it is 3 times as fast as
+the batched matrix product. One dependence remains: the width of the triangular solves with the working rows is the
+largest in the batch. Up to 24 rows of constraints that width is fixed, so bits are equal; beyond, results agree to
+rounding.
 """
 
 from __future__ import annotations

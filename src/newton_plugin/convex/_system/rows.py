@@ -1,4 +1,4 @@
-"""Working rows of a batch: as index lists of equal width, whitened, and factored."""
+"""The working rows of a batch: as lists of indices of equal width, whitened, and factored."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def take_rows(C: Tensor, index: Tensor) -> Tensor:
 
 
 def masked_cholesky(S: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor of S at the present rows, the identity elsewhere; and whether these rows are independent."""
+    """The factor of S at the present rows (the identity elsewhere), and whether these rows are independent."""
     M = S * (present.unsqueeze(-1) & present.unsqueeze(-2))
     size = M.diagonal(dim1=-2, dim2=-1)
     size.add_((~present).to(M.dtype))

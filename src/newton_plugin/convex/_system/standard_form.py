@@ -1,4 +1,4 @@
-"""x"""
+"""From the user's Q, p, A, b, G, h, with any batch dimensions, to the Q, p, C, c of :class:`Problem`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from newton_plugin.convex._system.products import round_up
 __all__ = ["batch_shape", "flat_matrix", "flat_vector", "standard_form"]
 
 
-_UNBOUNDED = 1e300  # stands for h = +inf, which would make NaNs in products
+_UNBOUNDED = 1e300  # stands for h = +inf: infinity would make NaN in products
 
 
 def batch_shape(Q: Tensor, p: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> torch.Size:
@@ -37,13 +37,14 @@ def flat_matrix(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def flat_vector(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Vectors always become (B, r)."""
     return tensor.expand(*shape, tensor.shape[-1]).reshape(shape.numel(), tensor.shape[-1])
 
 
 def _stack_rows(
     A: Tensor, b: Tensor, G: Tensor, h: Tensor, n: int, rows: int, shape: torch.Size
 ) -> tuple[Tensor, Tensor]:
-    """C (K, n) or (B, K, n) and c (B, K), with rows ``0 x <= 1`` up to a multiple of 8."""
+    """C (K, n) or (B, K, n) and c (B, K), K = ``rows``: the rows that are missing are ``0 x <= 1``."""
     matrices = [flat_matrix(t, shape) for t in (A, G) if t.shape[-2]]
     batch = shape.numel()
     if any(t.ndim == 3 for t in matrices):
@@ -64,9 +65,9 @@ def _stack_rows(
 def standard_form(
     Q: Tensor, p: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor, shape: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Q, p, C, c of ``_problem``: an even number of variables, and rows up to a multiple of 8 (see ``_products``).
+    """Q, p, C, c of :class:`Problem`: an even number of variables, a multiple of 8 rows (``products.py`` says why).
 
-    The variable that is one too many is minimised by itself, at 0.
+    Where n is odd, one variable is added: it has no constraint, and its minimiser is 0.
     """
     n = p.shape[-1]
     even, rows = round_up(n, 2), round_up(max(b.shape[-1] + h.shape[-1], 1), 8)

@@ -1,4 +1,4 @@
-"""x"""
+"""What autograd Functions need under torch.func: which transforms are around, and batch dimensions under vmap."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.autograd import forward_ad
 
 from newton_plugin.convex._status import NestedForwardError
 
-__all__ = ["flatten_mapped", "under_transform"]
+__all__ = ["flatten_mapped", "refuse_nested_forward", "under_transform"]
 
 
 def under_transform() -> bool:
-    """Whether plain tensors cannot be counted on: a transform of torch.func, forward mode, or ``is_grads_batched``."""
+    """Whether tensors may be wrapped: by a transform of torch.func, by forward mode, or by ``is_grads_batched``."""
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
     if functorch.peek_interpreter_stack() is not None or getattr(forward_ad, "_current_level") >= 0:  # noqa: B009
         return True
@@ -23,8 +23,8 @@ def under_transform() -> bool:
     return batched
 
 
-def _refuse_nested_forward() -> None:
-    """PyTorch (2.6 to 2.13) drops the outer tangent inside a Function's jvp: jacfwd(jacfwd(f)) would be wrong."""
+def refuse_nested_forward() -> None:
+    """Raise inside jacfwd(jacfwd(f)): PyTorch (2.6 to 2.13) drops the outer tangent inside a Function's jvp."""
     functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
     stack = functorch.get_interpreter_stack() or []
     if sum(level.key() == functorch.TransformType.Jvp for level in stack) > 1:
