@@ -7,7 +7,7 @@ dependent rows) are solved by the general path, ``_active_set``. ``Found`` holds
 Second derivatives and cotangents under vmap are those of :class:`newton_plugin.convex._system.kkt.KKTSolve`, with the
 same factors. Under ``torch.func`` transforms the solver takes the general path for all problems.
 
-Compiling takes some fifteen seconds, once: numba keeps the machine code beside these files (or, where that folder
+Compiling takes some twenty seconds, once: numba keeps the machine code beside these files (or, where that folder
 cannot be written, in the user's cache folder) and later processes load it.
 """
 
