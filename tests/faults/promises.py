@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tests.faults.doors import Outcome, flat_gradient, run
 from tests.faults.case import Fault
+from tests.faults.doors import Outcome, flat_gradient, run
 from tests.faults.provocations import HookedHead, Retained, Watched, made
 from tests.twins import gradients_and_hessians, relative_error, step
 from torch import Tensor, nn

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults.doors import DOORS
 from tests.faults.boundaries import BOUNDARIES
 from tests.faults.case import Fault, Seen
+from tests.faults.doors import DOORS
 from tests.faults.losses import LOSSES_AND_OUTPUTS
 from tests.faults.numbers import NUMBERS
 from tests.faults.promises import INTACT

@@ -9,8 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from tests.faults.doors import run
 from tests.faults.case import Fault
+from tests.faults.doors import run
 from tests.faults.promises import INTACT, make
 from tests.faults.provocations import GOOD, Net
 from tests.faults.table import BEGIN, END, FAULTS, PAGE, page
