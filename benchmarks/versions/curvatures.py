@@ -48,12 +48,17 @@ def _case(rule_name: tuple[str, str, float], damping: str, n: int, m: int) -> Ca
             with record.attempt(f"step {k}"):
                 taken = rule.step(gradient, product if rule.needs_hessian else None, d)
                 low, high = taken.extremes()
-                parts = {"step": taken.step, "damping": taken.damping, "matrix": taken.matrix}
+                parts = {"step": taken.step, "damping": taken.damping, "matrix": taken.matrix, "finite": _finite(taken)}
                 record.put(f"step {k}", {**parts, "eigenvalues": torch.stack([low, high])})
 
     return Case(
         "curvatures", f"{curvature}, structure {structure}, power {power:g}, damping {damping}, {n} x {m}", body
     )
+
+
+def _finite(taken: npl.CurvatureStep) -> Tensor | None:
+    """Whether C is finite: an attribute of the step in early states of 0.1.0, later one of its ``finiteness``."""
+    return taken.finiteness.curvature if hasattr(taken, "finiteness") else taken.finite  # type: ignore[attr-defined]
 
 
 def _damping_case(name: str) -> Case:
