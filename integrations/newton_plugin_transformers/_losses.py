@@ -80,7 +80,7 @@ class NewtonLosses(CallbackBase):
         label_smoothing: float = 0.0,
         curvature: Literal["fisher", "hessian", "norm", "auto"] | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Literal["auto", "mean", "per_sample", "isotropic"] = "auto",
+        structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal"] = "auto",
         power: float = 1,
         feature_dims: int | list[int] | None = None,
         sync: bool = True,

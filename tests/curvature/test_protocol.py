@@ -90,6 +90,23 @@ def test_what_is_not_a_curvature_is_refused_with_the_remedy() -> None:
         npl.Curvature()  # type: ignore[abstract]
 
 
+def test_what_returns_something_else_is_told_what_to_return() -> None:
+    class Bare(npl.Curvature):
+        def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping) -> Any:
+            return gradient
+
+    class Number(npl.Damping):
+        def value(self, scale: Tensor) -> Any:
+            return 0.5
+
+    y = torch.randn(4, 3)
+    with pytest.raises(npl.ArgumentTypeError, match=r"step\(\) must return a npl\.CurvatureStep; got Tensor"):
+        npl.newton_step(lambda y: y.square().mean(), y, curvature=Bare())
+    for structure in ("isotropic", "mean", "per_sample"):
+        with pytest.raises(npl.ArgumentTypeError, match=r"value\(scale\) must return a tensor; got 0\.5 of type float"):
+            npl.newton_step(lambda y: y.square().mean(), y, damping=Number(), structure=structure)  # type: ignore[arg-type]
+
+
 def test_a_damping_of_ones_own_promises_nothing() -> None:
     class Zero(npl.AutoDamping):
         def value(self, scale: Tensor) -> Tensor:  # type: ignore[override]

@@ -1,21 +1,16 @@
 """``boundary="auto"``: where outputs meet the loss, read off the autograd graph.
 
-Walking from the loss towards the inputs, the first operations that own parameters are the model's last layers. What
-they return are the outputs; the operations after them, which own no parameters, are the loss.
-
-Two questions are asked of each node. Does it *own parameters*, that is, does it apply a parameter to data? Then it is a
-layer, and the walk stops. Was it computed from *parameters only* (a transposed weight, weight decay)? Then it is no
-output, and the walk passes it over.
+Walking from the loss towards the inputs, the first operations that apply parameters as weights to data are the model's
+last layers (``layers.py`` says which those are). What they return are the outputs; the operations after them are the
+loss, whether or not parameters enter there element by element: a temperature, a log-variance, a loss weight.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -30,6 +25,7 @@ from newton_plugin._boundary.autograd_graph import (
     operation,
 )
 from newton_plugin._boundary.finder import Cut, boundaries_at, describe
+from newton_plugin._boundary.layers import Layers, hides_parameters
 
 __all__ = ["GraphFinder"]
 
@@ -37,19 +33,14 @@ __all__ = ["GraphFinder"]
 _SAME_NUMBERS = frozenset(("Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze")) | {
     *("T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View")
 }
-_PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 _TRANSPOSITIONS = frozenset(("Permute", "T", "Transpose"))
 # Operations that hand on what a model or a layer returned, and belong to it: DDP's tells it that the backward pass has
 # begun, torch's own calls the backward hooks of a module.
 _HANDED_THROUGH = frozenset(("_DDPSink", "BackwardHookFunction"))
 _JOINS = frozenset(["Cat", "Stack"])
-
-# Parts of the names of operations that apply parameters to data, or pick from parameters by data, whatever the shapes.
-_LAYERS = (
-    *("mm", "mv", "conv", "batchnorm", "layernorm", "groupnorm", "rmsnorm", "rnn", "lstm", "gru", "attention"),
-    *("embedding", "index", "gather", "compiledfunction"),
-)
+_REDUCTIONS = frozenset(("Div", "Mean", "Mul", "Neg", "Squeeze", "Sum", "View"))
+_SCALINGS = frozenset(("Div", "Mul", "NativeDropout"))  # by a constant, on the way to a sum of outputs
 
 
 class GraphFinder:
@@ -79,17 +70,13 @@ class GraphFinder:
     def __call__(self, loss: Tensor) -> Cut:
         root = loss.grad_fn
         assert root is not None
-        kinds: dict[Node, bool] = {}
-
-        def skip(node: Node) -> bool:
-            known = kinds.get(node)
-            return _parameter_only(node, kinds) if known is None else known
-
-        def stop(edge: Edge) -> bool:
-            return _owns_parameters(edge[0], kinds) and len(edge_shape(edge)) > 0
-
-        graph = explore(root, stop, skip)
-        named = {edge: self._name(edge, kinds, k) for k, edge in enumerate(graph.stops)}
+        layers = Layers()
+        graph = explore(
+            root, lambda edge: bool(edge_shape(edge)) and layers.ends_here(edge[0]), skip=layers.is_parameter
+        )
+        # Beside a layer, what is picked from a parameter by index is a part of the loss: transition scores, say.
+        outputs = [edge for edge in graph.stops if not layers.is_lookup(edge[0])] or graph.stops
+        named = {edge: self._name(edge, layers, k) for k, edge in enumerate(outputs)}
         if not named and not graph.preconditioned:
             # No layer. If the loss depends on one leaf, the outputs themselves are what is optimised.
             leaves = explore(root, lambda edge: is_leaf(edge[0]))
@@ -98,18 +85,22 @@ class GraphFinder:
                 named = {leaves.stops[0]: self._names.get(id(_variable(leaves.stops[0][0])), "leaf")}
             else:
                 return Cut([], description=describe(leaves))
-        edges, transposed = _towards_loss(named, graph)
+        edges, transposed = _towards_loss(named, graph, layers)
         cut = boundaries_at(edges, graph)
         cut.transposed = transposed
-        if any(operation(n) == "CompiledFunction" and _owns_parameters(n, kinds) for n in graph.nodes):
+        cut.hidden = [node.name() for node in graph.nodes if hides_parameters(node) or _is_scripted(node)]
+        if all(operation(node) in _REDUCTIONS for node in graph.nodes):
+            # The loss only adds up what a script returned: it has been computed inside.
+            cut.hidden += [edge[0].name() for edge in graph.stops if _is_scripted(edge[0])]
+        if any(operation(n) == "CompiledFunction" and layers.owns_parameters(n) for n in graph.nodes):
             cut.left_out.append("what torch.compile has made one operation of, network and loss together")
         return cut
 
-    def _name(self, edge: Edge, kinds: dict[Node, bool], number: int) -> str:
+    def _name(self, edge: Edge, layers: Layers, number: int) -> str:
         """The layer that owns the boundary: "head" for the parameter "head.weight"; of a compiled network the last."""
         inputs = list(children(edge[0]))
         for child, _ in reversed(inputs) if operation(edge[0]) == "CompiledFunction" else inputs:
-            if _parameter_only(child, kinds):
+            if layers.is_parameter(child):
                 leaf = child
                 while not is_leaf(leaf):
                     leaf = next(children(leaf))[0]
@@ -128,86 +119,13 @@ def _variable(leaf: Node) -> Tensor:
     return leaf.variable  # type: ignore[attr-defined]
 
 
-def _parameter_only(node: Node, known: dict[Node, bool]) -> bool:
-    """Whether a tensor was computed from parameters and constants alone: a transposed weight, a weight norm, a penalty.
-
-    What a layer made of parameters and data was not, although data, like a constant, does not require grad.
-
-    The walk goes depth first and without recursion, as graphs are deeper than Python's stack. The answer for one layer
-    is no, and so it is for every node computed from it: the walk ends at the first layer it meets.
-
-    Args:
-        node: of the tensor.
-        known: the answers so far; new ones are added.
-    """
-    if node in known:
-        return known[node]
-    if is_leaf(node) or _is_layer(node):  # nearly always
-        known[node] = is_leaf(node)
-        return known[node]
-    stack = [(node, children(node))]
-    while stack:
-        current, rest = stack[-1]
-        verdict = None
-        if current not in known and (is_leaf(current) or _is_layer(current)):
-            verdict = is_leaf(current)
-        else:
-            child = next((c for c, _ in rest if not known.get(c, False)), None)
-            if child is None:
-                verdict = _made_of_parameters(current)
-            elif child in known:
-                verdict = False
-            else:
-                stack.append((child, children(child)))
-        if verdict is not None:
-            known[current] = verdict
-            stack.pop()
-            if not verdict:
-                known.update((user, False) for user, _ in stack)
-                stack.clear()
-    return known[node]
+def _is_scripted(node: Node) -> bool:
+    """Whether a script has made one operation of parameters and loss."""
+    return operation(node) == "DifferentiableGraph" and any(is_leaf(child) for child, _ in children(node))
 
 
-def _is_layer(node: Node) -> bool:
-    """Whether the operation is a layer applied to data. A bare matrix product is not certain: both factors may be
-    parameters."""
-    return _is_layer_name(node.name())
-
-
-@functools.cache
-def _is_layer_name(name: str) -> bool:
-    return any(word in name.lower() for word in _LAYERS) and name.split("Backward")[0] not in _PRODUCTS
-
-
-def _made_of_parameters(node: Node) -> bool:
-    """:func:`_parameter_only` for a node whose inputs that require grad were all computed from parameters alone."""
-    inputs = list(children(node))
-    if not inputs:
-        return False
-    if all(child is not None for child, _ in node.next_functions):
-        return True
-    if operation(node) in _PRODUCTS:
-        return False  # the other factor requires no grad: it is data
-    try:
-        return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
-    except RuntimeError:  # they do not broadcast
-        return False
-
-
-def _owns_parameters(node: Node, known: dict[Node, bool]) -> bool:
-    """Whether an input of the operation is a parameter, or was computed from parameters only."""
-    if is_leaf(node):
-        return False
-    for child, _ in node.next_functions:
-        if child is not None:
-            own = known.get(child)
-            if own or (own is None and _parameter_only(child, known)):
-                return True
-    return False
-
-
-def _towards_loss(named: Mapping[Edge, str], graph: LossGraph) -> tuple[dict[Edge, str], list[str]]:
-    """Move each edge towards the loss, over operations that only reshape it, cast it or stack it with other edges.
+def _towards_loss(named: Mapping[Edge, str], graph: LossGraph, layers: Layers) -> tuple[dict[Edge, str], list[str]]:
+    """Move each edge towards the loss, over operations that reshape it, cast it, add a bias or join it with others.
 
     Returns:
         The edges that were reached, with their names; in words, those whose features were transposed on the way (the
@@ -221,7 +139,7 @@ def _towards_loss(named: Mapping[Edge, str], graph: LossGraph) -> tuple[dict[Edg
         moved = False
         for edge, name in list(edges.items()):
             stays = edge in pinned or edge not in edges
-            after, joined = (None, ()) if stays else _next_edge(edge, edges, graph)
+            after, joined = (None, ()) if stays else _next_edge(edge, edges, graph, layers)
             if after is None:
                 continue
             for child in joined:
@@ -233,7 +151,9 @@ def _towards_loss(named: Mapping[Edge, str], graph: LossGraph) -> tuple[dict[Edg
     return edges, transposed
 
 
-def _next_edge(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> tuple[Edge | None, Sequence[Edge]]:
+def _next_edge(
+    edge: Edge, edges: Mapping[Edge, str], graph: LossGraph, layers: Layers
+) -> tuple[Edge | None, Sequence[Edge]]:
     """The edge one operation nearer the loss, if it holds the same numbers, and all the edges that it is made of."""
     users = graph.consumers.get(edge, [])
     if len(users) != 1:
@@ -251,7 +171,47 @@ def _next_edge(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> tuple
             i in edges and len(graph.consumers[i]) == 1 for i in inputs
         )
         return (after if whole else None), inputs
-    return (after if _same_numbers(node, edge, after) else None), [edge]
+    if _same_numbers(node, edge, after) or (edge_shape(after) == edge_shape(edge) and layers.is_bias(node, position)):
+        return after, [edge]
+    return _sum_of_outputs(edge, edges, graph)
+
+
+def _sum_of_outputs(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> tuple[Edge | None, Sequence[Edge]]:
+    """The sum of this edge and another one, each perhaps times a constant: an adapter's, a residual connection's."""
+    top = edge
+    while True:
+        users = graph.consumers.get(top, [])
+        if len(users) != 1:
+            return None, ()
+        node, position = users[0]
+        after = (node, 0)
+        if after not in graph.consumers or edge_shape(after) != edge_shape(edge):
+            return None, ()
+        inputs = node.next_functions
+        if operation(node) == "Add" and len(inputs) == 2 and all(child is not None for child, _ in inputs):
+            other = _below_scaling(inputs[1 - position], edges, graph)  # type: ignore[arg-type]
+            known = other is not None and other != edge and edge_shape(other) == edge_shape(edge)
+            return (after, [edge, other]) if known and other is not None else (None, ())
+        if not _is_scaling(node):
+            return None, ()
+        top = after
+
+
+def _below_scaling(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> Edge | None:
+    """The known edge that ``edge`` is a constant times of; None if there is none, or it has other uses."""
+    while len(graph.consumers.get(edge, ())) == 1:
+        if edge in edges:
+            return edge
+        if not _is_scaling(edge[0]):
+            return None
+        edge = next(children(edge[0]))
+    return None
+
+
+def _is_scaling(node: Node) -> bool:
+    """Whether the operation multiplies its only input that requires grad by a constant."""
+    inputs = node.next_functions
+    return operation(node) in _SCALINGS and bool(inputs) and inputs[0][0] is not None and len(list(children(node))) == 1
 
 
 def _same_numbers(node: Node, edge: Edge, after: Edge) -> bool:

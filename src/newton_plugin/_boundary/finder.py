@@ -37,6 +37,7 @@ class Cut:
         boundaries: where outputs meet the loss; none of them was computed from another.
         left_out: boundaries that were passed over, each with the reason, in words.
         transposed: outputs whose features were transposed on the way to the loss, with both shapes, in words.
+        hidden: operations of the loss that hold parameters which the graph does not show, by name.
         description: where no boundary was found, the operations of the loss, in words; else empty.
         preconditioned: whether a part of the loss already takes a Newton step of its own.
     """
@@ -44,6 +45,7 @@ class Cut:
     boundaries: list[Boundary]
     left_out: list[str] = field(default_factory=list)
     transposed: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
     description: str = ""
     preconditioned: bool = False
 

@@ -85,6 +85,7 @@ class BoundarySearch:
             list({b.graph_edge: b for cut in cuts for b in cut.boundaries}.values()),
             [words for cut in cuts for words in cut.left_out],
             [words for cut in cuts for words in cut.transposed],
+            [name for cut in cuts for name in cut.hidden],
             "; ".join(cut.description for cut in cuts),
             any(cut.preconditioned for cut in cuts),
         )

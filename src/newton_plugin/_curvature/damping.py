@@ -27,6 +27,7 @@ __all__ = [
     "Damping",
     "Tikhonov",
     "damping_for",
+    "damping_of",
     "relative_damping",
     "resolve_damping",
 ]
@@ -92,6 +93,7 @@ class Damping(ABC):
             scale: the size of C as one number without dimensions: its root-mean-square eigenvalue. Its value means
                 nothing where :attr:`needs_scale` is False.
 
+        Called once for each C that is computed: not between refreshes, but also for a batch whose step is not taken.
         A method with a further argument ``finite`` is told by ``finite=True`` that the scale is known to be finite.
         """
 
@@ -223,10 +225,25 @@ def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor, finite
         finite: whether the scale is known to be finite, as that of a running mean is.
     """
     if not rule.needs_scale:
-        return rule.value(torch.empty((), dtype=working_dtype(like.device), device=like.device))
+        return damping_of(rule, torch.empty((), dtype=working_dtype(like.device), device=like.device))
     if finite and rule.takes_finite:
         return rule.value(scale(), finite=True)  # type: ignore[call-arg]
-    return rule.value(scale())
+    return damping_of(rule, scale())
+
+
+def damping_of(rule: Damping, scale: Tensor) -> Tensor:
+    """``rule.value(scale)``.
+
+    Raises:
+        ArgumentTypeError: a rule of a user's own returns something else than a tensor.
+    """
+    value = rule.value(scale)
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(
+            f"damping={rule!r}: value(scale) must return a tensor; got {value!r} of type {type(value).__name__}. "
+            "Return torch.full_like(scale, number)."
+        )
+    return value
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> float:

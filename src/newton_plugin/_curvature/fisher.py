@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._curvature.batch import Batch
-from newton_plugin._curvature.damping import Damping, damping_for
+from newton_plugin._curvature.damping import Damping, damping_for, damping_of
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.protocol import (
     HVP,
@@ -171,7 +171,7 @@ class EmpiricalFisher(Curvature):
     def _per_sample(self, batch: Batch) -> CurvatureStep:
         # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
         squared, bounded = batch.squared_norms(), batch.damping.bounded
-        d = batch.damping.value(self._running_size(batch, squared)[0])
+        d = damping_of(batch.damping, self._running_size(batch, squared)[0])
         by = squared + d if self.power == 1 else (squared + d).sqrt()
         rank_deficient = batch.gradient.shape[1] > 1
         return CurvatureStep(

@@ -3,7 +3,8 @@
 A new logged number begins here: every key of the dictionary reaches ``LossHook.diagnostics()``,
 ``NewtonLoss.diagnostics()`` and, as ``newton/<key>``, the loggers of the Lightning callback and of the Trainer of
 transformers. What it is computed from has to be in the :class:`CurvatureStep` of the last step or in the
-:class:`StepRule`; nothing is computed before somebody asks.
+:class:`StepRule`; nothing is computed before somebody asks. Keys are also listed in docstrings, documents and tests:
+search for ``eig_max``.
 """
 
 from __future__ import annotations

@@ -174,6 +174,14 @@ class LossHook:
     def _find(self, loss: Tensor) -> list[Boundary]:
         """The boundaries of the loss. What is doubtful about them is reported; what cannot be used is an error."""
         cut = self._search(loss)
+        if cut.hidden:
+            raise NoBoundaryError(
+                f"{', '.join(cut.hidden)} lies between the outputs that were found and the loss, and holds parameters "
+                "that the autograd graph does not show: whether outputs end inside cannot be seen. A checkpoint: pass "
+                "use_reentrant=False. A scripted function or an autograd.Function with network and loss in one: "
+                "wrap the loss function by npl.newton_loss, or name the submodule that makes the outputs, "
+                "boundary='head'."
+            )
         self._report_doubts(cut)
         if cut.preconditioned:
             return []

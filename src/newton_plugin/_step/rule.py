@@ -12,7 +12,7 @@ from torch import Tensor
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
 from newton_plugin._derivatives.autograd import Probing
-from newton_plugin._errors import ArgumentError, NonFiniteError, SingularCurvatureError
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
@@ -110,6 +110,11 @@ class StepRule:
         if curvature.structure == "block":
             more["groups"] = groups
         result = curvature.step(gradient, hvp, self.damping, **more)
+        if not isinstance(result, CurvatureStep):
+            raise ArgumentTypeError(
+                f"curvature={curvature!r}: step() must return a npl.CurvatureStep; got {type(result).__name__}. "
+                "Return npl.CurvatureStep(step, damping)."
+            )
         taken = result.finiteness.judge(gradient, result.step, ranks)
         if self.on_nonfinite == "raise" and not bool(taken):
             self._raise(gradient, result)

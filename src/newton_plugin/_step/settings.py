@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from newton_plugin._boundary.rows import check_feature_dims
 from newton_plugin._curvature.auto import AutoCurvature
@@ -27,7 +27,7 @@ __all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "res
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
 StructureChoice = Literal["auto"] | Structure
 Reduction = Literal["mean", "sum"]
-_CURVATURES = ("fisher", "hessian", "norm", "auto")
+_CURVATURES = get_args(CurvatureName)
 
 
 def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Damping) -> Curvature:

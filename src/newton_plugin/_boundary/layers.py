@@ -1,0 +1,266 @@
+"""Which operations of a graph are layers: those that apply parameters as weights to data.
+
+Every node is one of four things.
+
+================  =====================================================  =============================================
+a node is         example                                                what it is for the search
+================  =====================================================  =============================================
+a weight          a parameter, its transpose, weight decay               never outputs; passed over
+a layer           ``x @ w``, a convolution, an embedding, a checkpoint   outputs end here
+arithmetic with   ``y / temperature``, ``exp(-s) * loss``,               part of the loss where a layer lies below on
+a parameter       ``scores + transitions``                               the data side; else a layer (``w * x``)
+anything else     ``log_softmax``, ``y - target``                        walked through
+================  =====================================================  =============================================
+
+A *weight* was computed from parameters and constants alone. Data, like a constant, requires no grad; so whether
+``a @ w`` is a layer on the data a, or a weight, is seen from who uses it: see :meth:`Layers.is_weight`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from newton_plugin._boundary.autograd_graph import children, edge_shape, is_leaf, operation
+
+__all__ = ["Layers", "hides_parameters"]
+
+_PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
+_WEIGHTED = _PRODUCTS | {"Addmm", "Addmv", "Baddbmm", "Addbmm", "Convolution", "ConvolutionOverrideable", "Dot"}
+# Parts of the names of operations that apply parameters to data, or pick from parameters by data, whatever the shapes.
+_NAMES = (
+    *("mm", "mv", "conv", "batchnorm", "layernorm", "groupnorm", "rmsnorm", "rnn", "lstm", "gru", "attention"),
+    *("embedding", "index", "gather", "compiledfunction", "differentiablegraph"),
+)
+_LOOKUPS = frozenset(("Index", "IndexSelect", "Gather", "Take", "TakeAlongDim"))
+# Element by element: with a parameter they are arithmetic of a loss where a layer lies below.
+_ELEMENTWISE = frozenset(("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Where", "Addcmul")) | {
+    *("Addcdiv", "Lerp", "LogAddExp", "Logaddexp", "Atan2", "Xlogy", "PreluKernel", "MseLoss", "SmoothL1Loss"),
+    *("HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "KlDiv", "Hypot", "Fmax", "Fmin"),
+}
+# They change the places, the shape or the dtype of a weight's numbers, or choose among them.
+_REARRANGE = frozenset(
+    ("Alias", "AsStrided", "Cat", "Clone", "ConstantPadNd", "Contiguous", "CopySlices", "Expand")
+) | {
+    *("Flip", "Gather", "Index", "IndexPut", "IndexSelect", "MaskedFill", "MaskedScatter", "Permute", "Repeat"),
+    *("ReshapeAlias", "Roll", "Scatter", "ScatterAdd", "Select", "SelectScatter", "Slice", "SliceScatter", "Squeeze"),
+    *("Stack", "T", "ToCopy", "Transpose", "Tril", "Triu", "Unfold", "UnsafeView", "Unsqueeze", "View", "Where"),
+}
+
+
+class Layers:
+    """Answers for the nodes of one loss's graph; each node is looked at once."""
+
+    def __init__(self) -> None:
+        self._parameters: dict[Node, bool] = {}
+        self._weights: dict[Node, bool] = {}
+        self._below: dict[Node, bool] = {}
+
+    def is_parameter(self, node: Node) -> bool:
+        """Whether a tensor was computed from parameters alone, in whatever way. Such a tensor is never outputs.
+
+        The walk goes depth first and without recursion, as graphs are deeper than Python's stack. The answer for one
+        layer is no, and so it is for every node computed from it: the walk ends at the first layer it meets.
+        """
+        known = self._parameters
+        if node in known:
+            return known[node]
+        if is_leaf(node) or _is_layer_name(node.name()):  # nearly always
+            known[node] = is_leaf(node)
+            return known[node]
+        stack = [(node, children(node))]
+        while stack:
+            current, rest = stack[-1]
+            verdict = None
+            if current not in known and (is_leaf(current) or _is_layer_name(current.name())):
+                verdict = is_leaf(current)
+            else:
+                child = next((c for c, _ in rest if not known.get(c, False)), None)
+                if child is None:
+                    verdict = _made_of_parameters(current)
+                elif child in known:
+                    verdict = False
+                else:
+                    stack.append((child, children(child)))
+            if verdict is not None:
+                known[current] = verdict
+                stack.pop()
+                if not verdict:
+                    known.update((user, False) for user, _ in stack)
+                    stack.clear()
+        return known[node]
+
+    def owns_parameters(self, node: Node) -> bool:
+        """Whether an input of the operation is a parameter, or was computed from parameters alone."""
+        return not is_leaf(node) and any(self.is_parameter(child) for child, _ in children(node))
+
+    def ends_here(self, node: Node) -> bool:
+        """Whether the operation is a layer, so that what it returns may be outputs."""
+        if is_leaf(node):
+            return False
+        if self._is_weighted(node):
+            return True
+        if not self.owns_parameters(node):
+            return hides_parameters(node)
+        return not (operation(node) in _ELEMENTWISE and self._has_layer_below(node))
+
+    def is_lookup(self, node: Node) -> bool:
+        """Whether the operation picks from a parameter by index: an embedding written by hand, or transition scores."""
+        return operation(node) in _LOOKUPS and self.owns_parameters(node)
+
+    def is_bias(self, node: Node, position: int) -> bool:
+        """Whether the operation adds a parameter, or entries of one, to its input at ``position``."""
+        name = operation(node)
+        if name not in ("Add", "Sub") or len(node.next_functions) != 2 or (name == "Sub" and position == 1):
+            return False
+        if position == 1 and node._saved_alpha != 1:  # type: ignore[attr-defined]
+            return False
+        other = node.next_functions[1 - position][0]
+        return other is not None and (self.is_parameter(other) or self._is_lookup_chain(other))
+
+    def _is_lookup_chain(self, node: Node) -> bool:
+        while operation(node) in _REARRANGE and operation(node) not in _LOOKUPS:
+            inputs = list(children(node))
+            if len(inputs) != 1:
+                return False
+            node = inputs[0][0]
+        return self.is_lookup(node)
+
+    def _is_weighted(self, node: Node) -> bool:
+        """Whether the operation is a product or a convolution, one of whose factors is a weight."""
+        if operation(node) not in _WEIGHTED:
+            return False
+        inputs = [child for child, _ in children(node)]
+        if any(self.is_parameter(child) for child in inputs):
+            return True
+        return any(self.is_weight(child) for child in inputs)
+
+    def is_weight(self, node: Node) -> bool:
+        """Whether a factor of a product is a weight: a parameter rearranged, rescaled, updated or normalised.
+
+        That is: a parameter's numbers in other places; or an element-by-element function of a weight of the same shape,
+        whatever else enters (``w / sigma``, ``w - lr * gradient``); or any function of weights alone
+        (``matrix_exp(a)``); or a constant square matrix times a weight (an orthogonal weight and its base).
+        """
+        stack, known = [node], self._weights
+        while stack:
+            current = stack[-1]
+            if current in known:
+                stack.pop()
+                continue
+            wanted = self._weight_inputs(current)
+            if isinstance(wanted, bool):
+                known[current] = wanted
+            else:
+                inputs, enough = wanted
+                unknown = [child for child in inputs if child not in known and child not in stack]
+                if unknown:
+                    stack.append(unknown[0])
+                    continue
+                known[current] = enough(known.get(child, False) for child in inputs)
+            stack.pop()
+        return known[node]
+
+    def _weight_inputs(self, node: Node) -> bool | tuple[list[Node], Any]:
+        """The verdict; or the inputs on which it depends, and whether any of them or all have to be weights."""
+        if is_leaf(node):
+            return True
+        name = operation(node)
+        inputs = list(children(node))
+        if not inputs:
+            return False
+        if name in _REARRANGE:
+            return [child for child, _ in inputs], all
+        shape = edge_shape((node, 0))
+        if name in _ELEMENTWISE:
+            same = [child for child, index in inputs if edge_shape((child, index)) == shape]
+            return (same, any) if same else ([child for child, _ in inputs], all)
+        if name in _WEIGHTED:
+            # A constant times a weight, of the weight's own shape: a base, and not data, which has rows of its own.
+            constant = len(inputs) == 1 and name in _PRODUCTS
+            return ([inputs[0][0]], all) if constant and edge_shape(inputs[0]) == shape else False
+        if _is_layer_name(node.name()) or any(child is None for child, _ in node.next_functions):
+            return False
+        return [child for child, _ in inputs], all
+
+    def _has_layer_below(self, node: Node) -> bool:
+        """Whether the inputs that are no parameters were computed by a layer."""
+        known, first = self._below, node
+        stack = [iter([child for child, _ in children(node) if not self.is_parameter(child)])]
+        path: list[Node] = [first]
+        while stack:
+            child = next(stack[-1], None)
+            if child is None:
+                known.setdefault(path.pop(), False)
+                stack.pop()
+                continue
+            if known.get(child) is False or is_leaf(child) or child in path:
+                continue
+            if known.get(child) or self._is_layer(child):
+                known.update(dict.fromkeys(path, True))
+                return True
+            path.append(child)
+            stack.append(iter([c for c, _ in children(child) if not self.is_parameter(c)]))
+        return known.get(first, False)
+
+    def _is_layer(self, node: Node) -> bool:
+        """Whether the operation is a layer whatever lies below; a lookup alone is none."""
+        if operation(node) in _LOOKUPS or operation(node) in _ELEMENTWISE:
+            return False
+        return self._is_weighted(node) or self.owns_parameters(node) or hides_parameters(node)
+
+
+@functools.cache
+def _is_layer_name(name: str) -> bool:
+    return any(word in name.lower() for word in _NAMES) and name.split("Backward")[0] not in _PRODUCTS
+
+
+def _made_of_parameters(node: Node) -> bool:
+    """:meth:`Layers.is_parameter` for a node whose inputs that require grad were all computed from parameters alone."""
+    inputs = list(children(node))
+    if not inputs:
+        return False
+    if all(child is not None for child, _ in node.next_functions):
+        return True
+    if operation(node) in _PRODUCTS:
+        return False  # the other factor requires no grad: it is data
+    try:
+        return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
+    except RuntimeError:  # they do not broadcast
+        return False
+
+
+def hides_parameters(node: Node) -> bool:
+    """Whether a Python ``autograd.Function`` holds parameters that are not its inputs: a reentrant checkpoint, say."""
+    if not isinstance(node, BackwardCFunction):
+        return False
+    shown = {id(child.variable) for child, _ in children(node) if is_leaf(child)}  # type: ignore[attr-defined]
+    return any(id(held) not in shown for held in _parameters_in(list(vars(node).values())))
+
+
+def _parameters_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """The parameters that an attribute of a Function leads to: of a module, in a list, in what a function refers to."""
+    if isinstance(value, nn.Parameter):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, nn.Module):
+        yield from (p for p in value.parameters() if p.requires_grad)
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parameters_in(item, depth - 1)
+    elif depth and isinstance(value, Mapping):
+        yield from _parameters_in(list(value.values()), depth - 1)
+    elif depth and isinstance(value, functools.partial):
+        yield from _parameters_in([value.func, *value.args, *value.keywords.values()], depth - 1)
+    elif depth and inspect.ismethod(value):
+        yield from _parameters_in([value.__self__, value.__func__], depth - 1)
+    elif depth and inspect.isfunction(value):
+        names = inspect.getclosurevars(value)
+        yield from _parameters_in([*names.nonlocals.values(), *names.globals.values()], depth - 1)
