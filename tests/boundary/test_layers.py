@@ -285,6 +285,13 @@ def test_the_step_is_taken_where_the_layer_ends(name: str, options: dict[str, st
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_data_as_wide_as_the_batch_is_no_base_of_a_weight() -> None:
+    """Two towers without bias on data that needs no gradient: the products of an orthogonal weight and its base."""
+    square = torch.randn(5, 5, generator=G, dtype=torch.float64)
+    logits = (square @ parameter(5, 4)) @ (square @ parameter(5, 4, seed=2)).T
+    assert [b.shape for b in GraphFinder()(F.cross_entropy(logits, torch.arange(5))).boundaries] == [(5, 4), (5, 4)]
+
+
 def test_network_and_loss_in_one_opaque_operation_are_refused() -> None:
     body, head = linear(5, 5), linear()
     loss = checkpoint(lambda h: ce(head(h)), torch.tanh(body(X)), use_reentrant=True)

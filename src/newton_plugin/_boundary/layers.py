@@ -183,9 +183,10 @@ class Layers:
             same = [child for child, index in inputs if edge_shape((child, index)) == shape]
             return (same, any) if same else ([child for child, _ in inputs], all)
         if name in _WEIGHTED:
-            # A constant times a weight, of the weight's own shape: a base, and not data, which has rows of its own.
-            constant = len(inputs) == 1 and name in _PRODUCTS
-            return ([inputs[0][0]], all) if constant and edge_shape(inputs[0]) == shape else False
+            # A constant square matrix times a weight that was computed: the base of an orthogonal weight. Data times a
+            # parameter may have the same shape by chance, but its parameter is used as it is.
+            based = len(inputs) == 1 and name in _PRODUCTS and edge_shape(inputs[0]) == shape
+            return ([inputs[0][0]], all) if based and not _is_rearranged_leaf(inputs[0][0]) else False
         if _is_layer_name(node.name()) or any(child is None for child, _ in node.next_functions):
             return False
         return [child for child, _ in inputs], all
@@ -217,6 +218,15 @@ class Layers:
         return self._is_weighted(node) or self.owns_parameters(node) or hides_parameters(node)
 
 
+def _is_rearranged_leaf(node: Node) -> bool:
+    while not is_leaf(node):
+        inputs = list(children(node))
+        if operation(node) not in _REARRANGE or len(inputs) != 1:
+            return False
+        node = inputs[0][0]
+    return True
+
+
 @functools.cache
 def _is_layer_name(name: str) -> bool:
     return any(word in name.lower() for word in _NAMES) and name.split("Backward")[0] not in _PRODUCTS
@@ -239,10 +249,15 @@ def _made_of_parameters(node: Node) -> bool:
 
 def hides_parameters(node: Node) -> bool:
     """Whether a Python ``autograd.Function`` holds parameters that are not its inputs: a reentrant checkpoint, say."""
-    if not isinstance(node, BackwardCFunction):
+    if not isinstance(node, BackwardCFunction) or _is_ours(node):
         return False
     shown = {id(child.variable) for child, _ in children(node) if is_leaf(child)}  # type: ignore[attr-defined]
     return any(id(held) not in shown for held in _parameters_in(list(vars(node).values())))
+
+
+def _is_ours(node: Node) -> bool:
+    """Whether the Function is one of this package: an algorithm of a loss, which holds no parameters."""
+    return getattr(node, "_forward_cls").__module__.partition(".")[0] == "newton_plugin"  # noqa: B009 - no type stubs
 
 
 def _parameters_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
@@ -262,5 +277,8 @@ def _parameters_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
     elif depth and inspect.ismethod(value):
         yield from _parameters_in([value.__self__, value.__func__], depth - 1)
     elif depth and inspect.isfunction(value):
-        names = inspect.getclosurevars(value)
+        try:
+            names = inspect.getclosurevars(value)
+        except ValueError:  # it refers to a variable that has no value yet
+            return
         yield from _parameters_in([*names.nonlocals.values(), *names.globals.values()], depth - 1)
