@@ -210,6 +210,27 @@ def elementwise_network() -> Case:
     return Case(ce(y), [y], ce, [w])
 
 
+def offset_of_each_sample() -> Case:
+    """A parameter of the shape of the outputs is added to them: what comes out is no weight of a later product."""
+    net, offset, other = linear(), parameter(16, 3), torch.randn(3, 3, generator=G, dtype=torch.float64)
+    y = net(X) + offset
+
+    def loss(y: Tensor) -> Tensor:
+        return ce(F.normalize(y, dim=-1) @ other)
+
+    return Case(loss(y), [y], loss, [*of(net), offset])
+
+
+def two_calls_of_one_layer() -> Case:
+    net = linear()
+    a, b = net(X), net(X.flip(0))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return F.softplus(a + b).mean()
+
+    return Case(loss(a, b), [a, b], loss, of(net))
+
+
 def factorised() -> Case:
     users, items = parameter(9, 4), parameter(9, 4, seed=2)
     u, v = users[torch.arange(16) % 9], items[torch.arange(16) % 7]
@@ -244,6 +265,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "LoRA": lambda: adapter(2.0, False),
     "LoRA, frozen base": lambda: adapter(2.0, True),
     "residual connection last": residual,
+    "an offset of each sample": offset_of_each_sample,
+    "two calls of one layer": two_calls_of_one_layer,
     "bias of its own": lambda: bias_of_its_own(False),
     "bias by user": lambda: bias_of_its_own(True),
     "checkpoint": lambda: checkpointed(False),

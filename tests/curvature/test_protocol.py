@@ -27,9 +27,37 @@ class WithRanks(Halved):
         return super().step(gradient, hvp, damping)
 
 
+class WithRanksByName(npl.EmpiricalFisher):
+    def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping, **ranks: Any) -> npl.CurvatureStep:
+        return super().step(gradient, hvp, damping, **ranks)
+
+
 class WithWhatever(npl.EmpiricalFisher):
-    def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping, **more: Any) -> npl.CurvatureStep:
-        return super().step(gradient, hvp, damping, **more)
+    """May or may not use what it is given: nobody can tell."""
+
+    def step(self, gradient: Tensor, hvp: Any, damping: npl.Damping, **_: Any) -> npl.CurvatureStep:
+        return super().step(gradient, hvp, damping)
+
+
+class WithEverything(npl.EmpiricalFisher):
+    """The whole signature, as a type checker asks for it; made for gradients as they are."""
+
+    def step(
+        self,
+        gradient: Tensor,
+        hvp: Any,
+        damping: npl.Damping,
+        ranks: Any = ONE_PROCESS,
+        groups: int = 1,
+        weight: Tensor | None = None,
+    ) -> npl.CurvatureStep:
+        return super().step(gradient.clamp(-1e-3, 1e-3), hvp, damping, ranks, groups, weight)
+
+
+class Streaming(WithEverything):
+    """Says that its step knows weights."""
+
+    streams = npl.EmpiricalFisher.streams
 
 
 class Inherited(npl.EmpiricalFisher):
@@ -64,7 +92,10 @@ def test_its_nan_is_noticed_though_it_says_nothing() -> None:
     [
         (Halved, False, False),
         (WithRanks, True, False),
-        (WithWhatever, True, False),
+        (WithRanksByName, True, False),
+        (WithWhatever, False, False),
+        (WithEverything, True, False),
+        (Streaming, True, True),
         (Inherited, True, True),
         (npl.EmpiricalFisher, True, True),
         (npl.SoftNormalization, True, True),
@@ -97,14 +128,20 @@ def test_what_returns_something_else_is_told_what_to_return() -> None:
 
     class Number(npl.Damping):
         def value(self, scale: Tensor) -> Any:
+            return "0.5"
+
+    class Half(npl.Damping):
+        def value(self, scale: Tensor) -> Any:
             return 0.5
 
     y = torch.randn(4, 3)
     with pytest.raises(npl.ArgumentTypeError, match=r"step\(\) must return a npl\.CurvatureStep; got Tensor"):
         npl.newton_step(lambda y: y.square().mean(), y, curvature=Bare())
     for structure in ("isotropic", "mean", "per_sample"):
-        with pytest.raises(npl.ArgumentTypeError, match=r"value\(scale\) must return a tensor; got 0\.5 of type float"):
+        with pytest.raises(npl.ArgumentTypeError, match=r"value\(scale\) must return a tensor; got '0\.5' of type str"):
             npl.newton_step(lambda y: y.square().mean(), y, damping=Number(), structure=structure)  # type: ignore[arg-type]
+        half = npl.newton_step(lambda y: y.square().mean(), y, damping=Half(), structure=structure)  # type: ignore[arg-type]
+        assert float(half.damping) == 0.5
 
 
 def test_a_damping_of_ones_own_promises_nothing() -> None:
@@ -119,7 +156,25 @@ def test_a_damping_of_ones_own_promises_nothing() -> None:
     class Renamed(npl.AutoDamping):
         """Inherits the value, and what is promised of it."""
 
-    assert (npl.AutoDamping.bounded, Zero.bounded, Renamed.bounded) == (True, False, True)
+    class Mixin:
+        def value(self, scale: Tensor) -> Tensor:
+            return scale / 2 + 1e-3
+
+    class Mixed(Mixin, npl.Tikhonov):
+        pass
+
+    class MixedAuto(Mixin, npl.AutoDamping):
+        pass
+
+    class BuiltIn(npl.Damping):
+        value = staticmethod(torch.sqrt)  # type: ignore[assignment]
+
+    assert (npl.AutoDamping.bounded, Zero.bounded, Renamed.bounded) == (True, False, False)
+    assert (Mixed.needs_scale, MixedAuto.takes_finite, BuiltIn.takes_finite) == (True, False, False)
+    g = torch.randn(5, 3, dtype=torch.float64)
+    for kind in (Mixed, MixedAuto):
+        c = float(g.square().mean())
+        assert float(npl.EmpiricalFisher("isotropic").step(g, None, kind()).damping) == pytest.approx(c / 2 + 1e-3)
     assert (npl.AutoDamping.takes_finite, Zero.takes_finite, Renamed.takes_finite) == (True, False, True)
     assert (npl.Tikhonov.needs_scale, Faded.needs_scale) == (False, True)
     # (C + 0)^-1 of gradients that are zero is 0 / 0: noticed, and the gradient stays.

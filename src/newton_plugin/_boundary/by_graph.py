@@ -173,10 +173,12 @@ def _next_edge(
         return (after if whole else None), inputs
     if _same_numbers(node, edge, after) or (edge_shape(after) == edge_shape(edge) and layers.is_bias(node, position)):
         return after, [edge]
-    return _sum_of_outputs(edge, edges, graph)
+    return _sum_of_outputs(edge, edges, graph, layers)
 
 
-def _sum_of_outputs(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> tuple[Edge | None, Sequence[Edge]]:
+def _sum_of_outputs(
+    edge: Edge, edges: Mapping[Edge, str], graph: LossGraph, layers: Layers
+) -> tuple[Edge | None, Sequence[Edge]]:
     """The sum of this edge and another one, each perhaps times a constant: an adapter's, a residual connection's."""
     top = edge
     while True:
@@ -190,8 +192,11 @@ def _sum_of_outputs(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> 
         inputs = node.next_functions
         if operation(node) == "Add" and len(inputs) == 2 and all(child is not None for child, _ in inputs):
             other = _below_scaling(inputs[1 - position], edges, graph)  # type: ignore[arg-type]
-            known = other is not None and other != edge and edge_shape(other) == edge_shape(edge)
-            return (after, [edge, other]) if known and other is not None else (None, ())
+            if other is None or other == edge or edge_shape(other) != edge_shape(edge):
+                return None, ()
+            # Two calls of one layer are two sets of samples, not two parts of one output.
+            shared = layers.parameters_of(edge[0]) & layers.parameters_of(other[0])
+            return (None, ()) if shared else (after, [edge, other])
         if not _is_scaling(node):
             return None, ()
         top = after
@@ -209,9 +214,12 @@ def _below_scaling(edge: Edge, edges: Mapping[Edge, str], graph: LossGraph) -> E
 
 
 def _is_scaling(node: Node) -> bool:
-    """Whether the operation multiplies its only input that requires grad by a constant."""
+    """Whether the operation multiplies its only input that requires grad by one number, or drops some of it."""
     inputs = node.next_functions
-    return operation(node) in _SCALINGS and bool(inputs) and inputs[0][0] is not None and len(list(children(node))) == 1
+    if operation(node) not in _SCALINGS or inputs[0][0] is None or len(list(children(node))) != 1:
+        return False
+    factor = getattr(node, "_saved_other", None)
+    return factor is None or factor.ndim == 0
 
 
 def _same_numbers(node: Node, edge: Edge, after: Edge) -> bool:

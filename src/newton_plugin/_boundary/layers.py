@@ -101,6 +101,17 @@ class Layers:
         """Whether an input of the operation is a parameter, or was computed from parameters alone."""
         return not is_leaf(node) and any(self.is_parameter(child) for child, _ in children(node))
 
+    def parameters_of(self, node: Node) -> frozenset[Node]:
+        """The leaves that an operation applies: of its inputs that were computed from parameters alone."""
+        found, stack = set(), [child for child, _ in children(node) if self.is_parameter(child)]
+        while stack:
+            current = stack.pop()
+            if is_leaf(current):
+                found.add(current)
+            else:
+                stack += [child for child, _ in children(current)]
+        return frozenset(found)
+
     def ends_here(self, node: Node) -> bool:
         """Whether the operation is a layer, so that what it returns may be outputs."""
         if is_leaf(node):
@@ -145,9 +156,9 @@ class Layers:
     def is_weight(self, node: Node) -> bool:
         """Whether a factor of a product is a weight: a parameter rearranged, rescaled, updated or normalised.
 
-        That is: a parameter's numbers in other places; or an element-by-element function of a weight of the same shape,
-        whatever else enters (``w / sigma``, ``w - lr * gradient``); or any function of weights alone
-        (``matrix_exp(a)``); or a constant square matrix times a weight (an orthogonal weight and its base).
+        That is: a parameter's numbers in other places; or an element-by-element function of a weight of the same shape
+        and of what was computed from that weight (``w / sigma``, ``w - lr * gradient``); or any function of weights
+        alone (``matrix_exp(a)``); or a constant square matrix times a weight (an orthogonal weight and its base).
         """
         stack, known = [node], self._weights
         while stack:
@@ -164,7 +175,7 @@ class Layers:
                 if unknown:
                     stack.append(unknown[0])
                     continue
-                known[current] = enough(known.get(child, False) for child in inputs)
+                known[current] = enough([known.get(child, False) for child in inputs])
             stack.pop()
         return known[node]
 
@@ -181,7 +192,10 @@ class Layers:
         shape = edge_shape((node, 0))
         if name in _ELEMENTWISE:
             same = [child for child, index in inputs if edge_shape((child, index)) == shape]
-            return (same, any) if same else ([child for child, _ in inputs], all)
+            if not same:
+                return [child for child, _ in inputs], all
+            others = [child for child, index in inputs if edge_shape((child, index)) != shape]
+            return same, functools.partial(self._keeps_to_weights, same, others)
         if name in _WEIGHTED:
             # A constant square matrix times a weight that was computed: the base of an orthogonal weight. Data times a
             # parameter may have the same shape by chance, but its parameter is used as it is.
@@ -190,6 +204,12 @@ class Layers:
         if _is_layer_name(node.name()) or any(child is None for child, _ in node.next_functions):
             return False
         return [child for child, _ in inputs], all
+
+    def _keeps_to_weights(self, same: list[Node], others: list[Node], verdicts: list[bool]) -> bool:
+        """Whether one of ``same`` is a weight, and all other inputs are weights or were computed from that one."""
+        weights = [child for child, weight in zip(same, verdicts, strict=True) if weight]
+        rest = [child for child, weight in zip(same, verdicts, strict=True) if not weight] + others
+        return bool(weights) and all(self.is_weight(child) or _depends_on_leaf_of(child, weights) for child in rest)
 
     def _has_layer_below(self, node: Node) -> bool:
         """Whether the inputs that are no parameters were computed by a layer."""
@@ -216,6 +236,22 @@ class Layers:
         if operation(node) in _LOOKUPS or operation(node) in _ELEMENTWISE:
             return False
         return self._is_weighted(node) or self.owns_parameters(node) or hides_parameters(node)
+
+
+def _depends_on_leaf_of(node: Node, weights: list[Node]) -> bool:
+    """Whether a tensor was computed from a leaf that the first of ``weights`` was computed from, too."""
+    leaf = weights[0]
+    while not is_leaf(leaf):
+        leaf = next(children(leaf))[0]
+    stack, seen = [node], {node}
+    while stack:
+        for child, _ in children(stack.pop()):
+            if child is leaf:
+                return True
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return False
 
 
 def _is_rearranged_leaf(node: Node) -> bool:

@@ -24,8 +24,8 @@ class AutoCurvature(Hessian):
     """The Hessian where it exists and is cheap, Fisher elsewhere.
 
     A Hessian is cheap if it is known without products (cross-entropy, squared errors, the sorting losses), at any m, or
-    if it takes m products and m is at most ``AUTO_FEATURES``. What was chosen, and why, is logged once
-    ("newton_plugin", INFO); a choice of Fisher is also the step's ``fallback``.
+    if it takes m products and m is at most ``AUTO_FEATURES``. What was chosen, and why, is logged whenever it
+    changes ("newton_plugin", INFO); a choice of Fisher is also the step's ``fallback``.
     """
 
     def __init__(self, structure: Structure = "mean", power: float = 1, refresh_every: int = 1) -> None:

@@ -6,7 +6,6 @@ A rule says how C is averaged and, given the scale of C, what the damping is; se
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from newton_plugin._curvature.overriding import arguments_of, holds
 from newton_plugin._curvature.running_mean import RunningMean
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
 from newton_plugin._linalg.damped_inverse import working_dtype
@@ -34,7 +34,7 @@ __all__ = [
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
 _SLOW_DECAY = 0.999
-_LEAST = 1e-70  # of a damping that is relative to squares of gradients: the square of 1e-35
+_LEAST = 1e-70  # least relative damping: the square of the smallest gradients, 1e-35
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,12 @@ class Damping(ABC):
 
     Attributes:
         averaging: the average of C that this rule is made for; not averaged by default.
-        needs_scale: whether :meth:`value` looks at the scale of C. If not, nobody computes it.
+        needs_scale: whether :meth:`value` looks at the scale of C. If not, the scale is computed only where something
+            else needs it, and :meth:`value` may get any number.
         bounded: whether the damping is positive and finite for every finite scale. The step of a finite gradient is
-            then finite, and is not checked. A class that overrides :meth:`value` inherits neither; it says both anew.
+            then finite, and is not checked. No class inherits it.
+
+    A class that overrides :meth:`value` starts from needs_scale=True and bounded=False.
 
     Example:
         >>> import torch, newton_plugin as npl
@@ -79,19 +82,18 @@ class Damping(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "value" in cls.__dict__:
-            cls.takes_finite = "finite" in inspect.signature(cls.value).parameters
-            for promise in ("needs_scale", "bounded"):
-                if promise not in cls.__dict__:
-                    setattr(cls, promise, getattr(Damping, promise))
+        cls.takes_finite = "finite" in arguments_of(cls.value)
+        if not holds(cls, "needs_scale", "value"):
+            cls.needs_scale = True
+        if "bounded" not in cls.__dict__:  # a subclass may change what value() reads
+            cls.bounded = False
 
     @abstractmethod
     def value(self, scale: Tensor) -> Tensor:
         """The damping, in units of C: a tensor without dimensions, on the device of ``scale``.
 
         Args:
-            scale: the size of C as one number without dimensions: its root-mean-square eigenvalue. Its value means
-                nothing where :attr:`needs_scale` is False.
+            scale: the size of C as one number without dimensions: its root-mean-square eigenvalue.
 
         Called once for each C that is computed: not between refreshes, but also for a batch whose step is not taken.
         A method with a further argument ``finite`` is told by ``finite=True`` that the scale is known to be finite.
@@ -153,7 +155,7 @@ class AutoDamping(Damping):
     Args:
         ratio: damping over the scale of C. Positive.
         decay: of the running mean of C, in [0, 1).
-        growth: most that one batch may count for, against the mean before it. Greater than 1.
+        growth: most that one batch may count for, against the mean before it. At least 1, finite.
         floor: least scale, against the slow mean (decay .999) of the scale. In [0, 1).
         own: weight of each sample's own curvature, as a share of 1/m. Not negative.
     """
@@ -232,12 +234,14 @@ def damping_for(rule: Damping, scale: Callable[[], Tensor], like: Tensor, finite
 
 
 def damping_of(rule: Damping, scale: Tensor) -> Tensor:
-    """``rule.value(scale)``.
+    """``rule.value(scale)`` as a tensor.
 
     Raises:
-        ArgumentTypeError: a rule of a user's own returns something else than a tensor.
+        ArgumentTypeError: a rule of a user's own returns neither a tensor nor a number.
     """
     value = rule.value(scale)
+    if isinstance(value, (int, float)):
+        return torch.full_like(scale, value)
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(
             f"damping={rule!r}: value(scale) must return a tensor; got {value!r} of type {type(value).__name__}. "

@@ -45,11 +45,11 @@ class Finiteness:
             step: their steps, (N, m).
             ranks: the processes that share the batch.
         """
-        taken = self._here(gradient, step)
+        taken = self._on_this_rank(gradient, step)
         self.taken = taken if self.agreed else ranks.all(taken)
         return self.taken
 
-    def _here(self, gradient: Tensor, step: Tensor) -> Tensor:
+    def _on_this_rank(self, gradient: Tensor, step: Tensor) -> Tensor:
         """Whether C and all gradients and steps of this process are finite."""
         if self.bounded and self.curvature is not None:
             return self.curvature

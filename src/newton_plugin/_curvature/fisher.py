@@ -86,7 +86,7 @@ class EmpiricalFisher(Curvature):
         return describe(self)
 
     def streams(self, gradient: Tensor) -> bool:
-        """See :meth:`Curvature.streams`. A subclass whose ``step`` has no ``weight`` gets the gradients converted."""
+        """See :meth:`Curvature.streams`. A subclass with a ``step`` of its own gets the gradients converted."""
         return are_large(gradient) and self.takes_weight
 
     def step(
@@ -186,18 +186,18 @@ class EmpiricalFisher(Curvature):
     def _running_size(self, batch: Batch, squared: Tensor) -> tuple[Tensor, Tensor]:
         """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
         n, m = batch.gradient.shape
-        own = batch.ranks.mean(squared.sum(), n * max(1, m))
-        return batch.averaged(self._mean, own), own
+        size = batch.ranks.mean(squared.sum(), n * max(1, m))
+        return batch.averaged(self._mean, size), size
 
     def _push_through(self, batch: Batch) -> CurvatureStep:
         # An m x m running mean would cost more than the rest of the step. The batch's C is rescaled to the running
         # size instead.
-        rows, own = batch.ranks.rows(batch.gradient)
+        rows, here = batch.ranks.rows(batch.gradient)  # and which of them are of this process
         n, m = rows.shape
         products = batch.in_units(gram(rows))
         # Every rank has the rows of all ranks, so the mean needs no further collective.
-        size, own_size = self._running_size(replace(batch, gradient=rows, ranks=ONE_PROCESS), products.diagonal())
-        weight = torch.where(own_size > 0, size / own_size, 1.0) / n
+        running_size, size = self._running_size(replace(batch, gradient=rows, ranks=ONE_PROCESS), products.diagonal())
+        weight = torch.where(size > 0, running_size / size, 1.0) / n
         finite = self._mean.finite
         assert finite is not None
         c = torch.where(finite, products, 0.0) * weight
@@ -207,18 +207,18 @@ class EmpiricalFisher(Curvature):
             # C = weight / unit * rows' rows, by its own factorisation.
             self._kept.put(sketch_of_rows(rows.to(c.dtype), c, batch.in_units(weight)), d, finite, m)
             return self._from_kept(batch, True)
-        solved = push_through(c, d, self.power)[own]
-        inner = (solved * products[own]).sum(-1, keepdim=True)
-        share = batch.own if self.power == 1 else 0.0
-        if share:
-            solved = solved / torch.rsub(inner, 1.0, alpha=-share)
+        solved = push_through(c, d, self.power)[here]
+        inner = (solved * products[here]).sum(-1, keepdim=True)
+        own = batch.own if self.power == 1 else 0.0
+        if own:
+            solved = solved / torch.rsub(inner, 1.0, alpha=-own)
         return CurvatureStep(
             combine(solved, rows, products),
             d,
             None,
             lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(c).max()),
             finiteness=Finiteness(finite, agreed=True, witness=inner),
-            sizes=lambda: (products.diagonal()[own].sum(), ((solved @ products) * solved).sum()),
+            sizes=lambda: (products.diagonal()[here].sum(), ((solved @ products) * solved).sum()),
         )
 
     def state_dict(self) -> dict[str, Any]:

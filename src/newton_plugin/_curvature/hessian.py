@@ -63,14 +63,14 @@ class _Found:
     Attributes:
         knowledge: see :class:`Knowledge`.
         hessians: None if there are none.
-        summed: what was computed by products, if they are not known otherwise; see :meth:`Hessian._probe`.
+        probed: what was computed by products, if they are not known otherwise; see :meth:`Hessian._probe`.
         reason: why there are none.
         refusal: what is raised.
     """
 
     knowledge: Knowledge
     hessians: SampleHessians | None = None
-    summed: Tensor | None = None
+    probed: Tensor | None = None
     reason: str = ""
     refusal: NewtonPluginError | None = None
 
@@ -142,8 +142,8 @@ class Hessian(Curvature):
             return self._fall_back(gradient, damping, reason, ranks, groups)
         batch = Batch(gradient, damping, ranks, groups)
         if self.structure == "per_sample":
-            return per_sample_step(hessians, found.summed, batch, self.power, self.krylov, self._mean)
-        c = mean_hessian(self.structure, worst, hessians, found.summed, batch, self._mean)
+            return per_sample_step(hessians, found.probed, batch, self.power, self.krylov, self._mean)
+        c = mean_hessian(self.structure, worst, hessians, found.probed, batch, self._mean)
         if c.matrix is None:
             result = self._fisher.step(gradient, None, damping, ranks)
             result.zero_hessian = c.zero
@@ -163,8 +163,8 @@ class Hessian(Curvature):
             if not self._independent:
                 self._independent = hessians.independent or samples_are_independent(hessians, gradient)
             hessians = hessians.to(gradient)
-            summed = None if hessians.known else self._probe(hessians, gradient, damping, groups)
-            return _Found(Knowledge.of(hessians, gradient.shape[1]), hessians, summed)
+            probed = None if hessians.known else self._probe(hessians, gradient, damping, groups)
+            return _Found(Knowledge.of(hessians, gradient.shape[1]), hessians, probed)
         except HessianUnavailable as error:
             return _Found(Knowledge.NOTHING, reason=str(error))
         except (BatchCoupledError, OutputsTooLargeError) as error:

@@ -3,7 +3,7 @@
 =================================  =====================================================================
 the Hessians are                   C
 =================================  =====================================================================
-a diagonal                         a diagonal, beyond 128 features
+a diagonal                         dense up to 128 features, else a diagonal
 a diagonal minus rank one          Woodbury's formula where C would not be formed; see ``mean_is_formed``
 blocks that are known              dense up to 1,024 features, else a sketch by 32 products
 products                           dense up to 256 features, else a sketch by 32 products
@@ -69,7 +69,7 @@ class MeanHessian:
     """The running mean of C.
 
     Attributes:
-        matrix: C; None where the batch's Hessian is zero and its Fisher would not have this kind of matrix.
+        matrix: C; None where the batch's Hessian is zero and a sketch was due: the caller takes Fisher's step.
         finite: whether this batch's C is finite; no dimensions.
         zero: whether this batch's Hessian is zero; no dimensions. Its Fisher then takes its place.
     """
@@ -161,7 +161,7 @@ def _sketched(hessians: SampleHessians, summed: Tensor | None, batch: Batch, mea
 
 
 def _low_rank(rank_one: DiagonalRankOne, batch: Batch, mean: RunningMean) -> MeanHessian:
-    """``diag(mean d) - P' W P``, rescaled to the running mean of its scale, as the Fisher of N x N numbers is."""
+    """``diag(mean d) - P' W P``, rescaled to the running mean of its scale as in ``EmpiricalFisher._push_through``."""
     ranks = batch.ranks
     weight, vector = rank_one.second_term()
     diagonal = ranks.mean(rank_one.diagonal.sum(0), batch.gradient.shape[0])

@@ -5,7 +5,7 @@ A curvature answers one question: given ``g_i`` and, if it asks for them, produc
 forms C fits beside those that do. One family:
 
 =====================  ==========================================  ==============================
-curvature              C                                           who knows it as
+curvature              C                                           also known as
 =====================  ==========================================  ==============================
 ``Hessian``            ``1/N sum_i H_i``                           Newton, at the loss
 ``EmpiricalFisher``    ``1/N sum_i g_i g_i'``                      natural gradient, at the loss
@@ -29,7 +29,6 @@ structure        C
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from torch import Tensor
 
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
+from newton_plugin._curvature.overriding import arguments_of, holds
 from newton_plugin._derivatives.sample_hessians import HVP
 from newton_plugin._errors import ShapeError, check_choice
 
@@ -95,8 +95,8 @@ class Curvature(ABC):
 
     Attributes:
         needs_hessian: whether :meth:`step` uses Hessian-vector products.
-        structure: see the table of structures; "block" makes :meth:`step` get ``groups``.
-        refresh_every: steps for which one C is used; 1: C is new at every step.
+        structure: how much of C is kept. Only "block" matters to others: :meth:`step` then gets ``groups``.
+        refresh_every: tells others for how many steps one C is used. A curvature of your own keeps its C itself.
 
     Example:
         Steps of length one, whatever the gradient:
@@ -118,12 +118,11 @@ class Curvature(ABC):
     takes_weight: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # What step() can be given is what it has arguments for: read once, where the class is defined.
+        # What step() is given beyond its first three arguments: read once, where the class is defined.
         super().__init_subclass__(**kwargs)
-        arguments = inspect.signature(cls.step).parameters
-        anything = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
-        cls.takes_ranks = anything or "ranks" in arguments
-        cls.takes_weight = "weight" in arguments
+        arguments = arguments_of(cls.step)
+        cls.takes_ranks = "ranks" in arguments
+        cls.takes_weight = "weight" in arguments and holds(cls, "streams", "step")
 
     @abstractmethod
     def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
@@ -131,17 +130,20 @@ class Curvature(ABC):
 
         Args:
             gradient: (N, m), the per-sample gradients ``g_i``, float64 where the device has it.
-            hvp: Hessian-vector products, (K, N, m) -> (K, N, m); None if ``needs_hessian`` is False.
+            hvp: Hessian-vector products, (K, N, m) -> (K, N, m); None if :meth:`wants_hessian` answers False, except
+                that a Hessian in closed form is given wherever ``refresh_every`` is 1.
             damping: the rule for the damping.
 
-        A method may have further arguments, and gets them if it does:
+        A method with an argument of one of these names gets it too:
 
-        * ``ranks``: the processes that share the batch. ``ranks.mean(total, N)`` adds what they have and divides by
-          all their samples. A curvature without this argument works in one process, or with sync=False.
-        * ``groups``, for structure "block": T, where the rows are those of T positions in each sample, (N T, m),
-          sample by sample.
-        * ``weight``, for a curvature whose :meth:`streams` answers True. It gets the rows as they arrived, ``w g_i`` in
-          the outputs' dtype, and w, no dimensions (None: 1); it returns ``w step_i``, in the same dtype.
+        * ``ranks``: the processes that share the batch. ``ranks.mean(total, N)`` is the sum of ``total`` over the
+          processes, divided by the sum of their N. A curvature without this argument works in one process, or with
+          sync=False.
+        * ``groups``, which structure "block" has to take: T, where the rows are those of T positions in each sample,
+          (N T, m), sample by sample.
+        * ``weight``, if the class that defines this method, or a subclass, also defines a :meth:`streams` that answers
+          True. It gets the rows as they arrived, ``w g_i`` in the outputs' dtype, and w, no dimensions (None: 1); it
+          returns ``w step_i``, in the same dtype.
         """
 
     def wants_hessian(self, features: int) -> bool:

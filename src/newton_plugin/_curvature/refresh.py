@@ -1,8 +1,8 @@
 """A curvature that is computed every k-th step and used in all of them: ``refresh_every``.
 
 C changes as slowly as the network does, while gradients are new at every step. One C and one factorisation for k steps
-divide the cost of both by k. Only the number of steps decides when C is computed anew, so all ranks of a distributed
-run do it together.
+divide the cost of both by k. The number of steps and the shape of the outputs decide when C is computed anew. Both are
+the same on all ranks of a distributed run.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class KeptCurvature:
         return self.matrix, self.damping
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors; empty if no C is kept for the next step."""
+        """Plain types and tensors; empty before the first C, and with ``every = 1``."""
         if self.matrix is None or self.every == 1:
             return {}
         return {

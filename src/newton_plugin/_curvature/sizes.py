@@ -1,7 +1,7 @@
 """The sizes at which a curvature is computed in another way, and what is refused before it is allocated.
 
-Every threshold that changes *what is computed* stands here, with the measurement that set it. Sizes that only decide
-how much is worked on at once stand beside the loop.
+The thresholds of the curvatures stand here, with the measurements that set them. Those of one algorithm of ``_linalg``
+or ``_derivatives``, and sizes that only decide how much is worked on at once, stand beside the code.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ AUTO_FEATURES = 64
 DENSE_FEATURES = 128
 AVERAGED_FEATURES = 256
 
-# The next four buy exactness for time. Measured is the time of the exact way over that of the other, N = 100, float64,
-# one core, median of 5 to 7 on a busy machine.
+# The thresholds below trade time for exactness. Measured is the time of the exact way over that of the other, N = 100,
+# float64, one core, median of 5 to 7 on a busy machine.
 
 # The mean Hessian is formed up to so many features, from m products or from known blocks (N = 16). Above, 32 products
 # sketch it. From products: 3.2 at m = 128, 7.7 at 256, 17 at 512. From blocks: 1.5 at 512, 2.0 at 1,024, 2.5 at 2,048.

@@ -31,6 +31,8 @@ class SoftNormalization(EmpiricalFisher):
     def __repr__(self) -> str:
         return f"SoftNormalization(c={self.c:g})"
 
+    streams = EmpiricalFisher.streams  # for the step below
+
     def step(
         self,
         gradient: Tensor,

@@ -244,7 +244,7 @@ def hessian_products(
             raise HessianUnavailable(_first_line(error)) from error
         return layout.to_rows(products).to(vectors)
 
-    at = (boundary.edge.node, boundary.edge.output_nr)
+    at = boundary.graph_edge
     return SampleHessians(hvp, elements=lambda: elements_between(gradient, at))
 
 

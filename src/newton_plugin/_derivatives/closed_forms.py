@@ -4,7 +4,7 @@ With respect to the outputs y of one sample (p = softmax(y), s = sigmoid(y), G t
 
 * ``log_softmax``, and anything *linear* after it: ``a (diag(p) - p p')`` with ``a = -sum_k G_k``. That is cross-entropy
   in all its variants: class indices or probabilities, weights, ``ignore_index``, label smoothing, a constant in front.
-* ``mse_loss``: ``2 G I``;
+* ``mse_loss``: ``2 G I``, divided by the number of elements where the loss is their mean;
 * ``binary_cross_entropy_with_logits``: ``diag(G w s (1 - s) (pos_weight t + 1 - t))``;
 * a loss that brings its own Hessian: :func:`with_hessian`.
 
@@ -75,7 +75,7 @@ def with_hessian(loss: Tensor, outputs: Tensor, blocks: Callable[[], Tensor], *,
             depend on one another.
         blocks: gives (N, m, m): the second derivatives of ``loss`` (of its i-th entry, if it is one for each sample)
             with respect to each sample's outputs, as they were when the loss was computed. For a mean over N samples
-            the 1/N is in it.  Let it refer to detached tensors only.
+            the 1/N is in it. Let it refer to detached tensors only.
         products: gives ``H_i v_i`` of the same matrices, (K, N, m) -> (K, N, m): K vectors for every sample. Called in
             place of ``blocks`` where those would take more than 256 MiB.
 
@@ -128,7 +128,7 @@ class _Provided:
 
 def find_closed_form(root: Node, boundary: Boundary, layout: RowLayout) -> ClosedForm | None:
     """The closed form at ``boundary`` of the loss whose graph begins at ``root``; None if there is none."""
-    edge = (boundary.edge.node, boundary.edge.output_nr)
+    edge = boundary.graph_edge
     ends = _nonlinear_ends(root, edge)
     if len(ends) != 1:
         return None

@@ -35,7 +35,7 @@ _CHUNK_ELEMENTS = 2**21  # of (K, N, m), probes at once: 16 MiB
 # and 26 s.
 _GRAPH_ELEMENTS = 2**27
 _GRAPH_ELEMENTS_OF_DEVICES = 2**30  # where a product costs launches
-_FEW_ELEMENTS = 2**14  # of (K, N, m), up to which the graph is not measured: that takes a tenth of a product
+_FEW_ELEMENTS = 2**14  # of (K, N, m), up to which the graph is not measured: measuring costs a tenth of a product
 
 
 class HessianUnavailable(NewtonPluginError, RuntimeError):

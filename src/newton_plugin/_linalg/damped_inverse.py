@@ -60,8 +60,8 @@ def identity_rows(like: Tensor) -> Tensor:
 def eigenvalue_scale(matrix: Tensor) -> Tensor:
     """Root-mean-square eigenvalue of a symmetric matrix, ``||C||_F / sqrt(m)``: (..., m, m) -> (...).
 
-    For ``C = c I`` it is ``|c|``, like ``tr|C| / m``, to which it is never smaller; it needs no
-    decomposition and does not cancel where C is indefinite.
+    For ``C = c I`` it is ``|c|``, as ``tr|C| / m`` is, and it is never smaller than that. It needs no decomposition and
+    does not cancel where C is indefinite.
     """
     return torch.linalg.matrix_norm(matrix) / matrix.shape[-1] ** 0.5
 

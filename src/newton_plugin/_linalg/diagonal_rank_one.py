@@ -33,7 +33,7 @@ class DiagonalRankOne:
     """``H_i = diag(d_i) - a_i p_i p_i'``.
 
     Attributes:
-        diagonal: d, (N, m) or expandable to it.
+        diagonal: d, (N, m); or expandable to it, as long as nothing but products and :meth:`to` is asked for.
         weight: a, (N,); None if there is no second term.
         vector: p, (N, m); None if there is no second term.
     """

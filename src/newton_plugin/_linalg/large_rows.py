@@ -33,7 +33,7 @@ def are_large(rows: Tensor) -> bool:
 
 
 def _parts(length: int, width: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
-    """``range(length)`` in slices of whole multiples whose ``width`` fits in the cache."""
+    """Slices of ``range(length)``, whole multiples of ``multiple`` long, whose length times width fits in the cache."""
     size = (
         max(1, (_PART_ELEMENTS if device.type == "cpu" else _PART_ELEMENTS_OF_DEVICES) // max(1, width * multiple))
         * multiple

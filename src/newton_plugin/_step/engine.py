@@ -43,7 +43,7 @@ from newton_plugin._step.splice import splice
 __all__ = ["BoundaryStep", "precondition", "take_steps"]
 
 Source = ClosedForm | Literal["products"] | None
-"""Where second derivatives come from; None: no rule asks for them."""
+"""Where the second derivatives at a boundary come from; None: its rule asks for none."""
 
 
 @dataclass

@@ -23,10 +23,10 @@ OnNonfinite = Literal["keep", "raise"]
 
 @dataclass
 class StepRule:
-    """From the gradients of one boundary to their step, whatever happens.
+    """From the gradients of one boundary to their step, also for batches that are not finite.
 
-    A gradient that is not finite stays as it is, so that a GradScaler still sees it and skips the step; so
-    does one whose C could not be inverted. Both are counted on the device, without waiting for it. The verdict is
+    A gradient that is not finite stays as it is, so that a GradScaler still sees it and skips the step. A gradient
+    whose C could not be inverted also stays. Both are counted on the device, without waiting for it. The verdict is
     ``finiteness.taken`` of the :class:`CurvatureStep`. Whoever sends the step into the network sends the gradient
     instead where it is false.
 
@@ -48,7 +48,7 @@ class StepRule:
     last_gradient: Tensor | None = None
     last_weight: Tensor | None = None
     _structural_fallbacks: int = 0
-    _kept_gradients: Tensor | None = None
+    _gradients_not_stepped: Tensor | None = None
     _zero_hessians: Tensor | None = None
     _reported: set[str] = field(default_factory=set)
 
@@ -99,7 +99,7 @@ class StepRule:
         self, gradient: Tensor, hvp: HVP | None, ranks: Ranks, groups: int, weight: Tensor | None
     ) -> CurvatureStep:
         curvature = self.curvature
-        more: dict[str, Any] = {}  # arguments that this step() has
+        more: dict[str, Any] = {}  # arguments beyond the first three
         if ranks.many:
             self._check_takes_ranks()
             more["ranks"] = ranks
@@ -153,7 +153,7 @@ class StepRule:
         )
 
     def _count(self, taken: Tensor, result: CurvatureStep) -> None:
-        self._kept_gradients = _counted(self._kept_gradients, ~taken)
+        self._gradients_not_stepped = _counted(self._gradients_not_stepped, ~taken)
         if result.fallback:
             self._structural_fallbacks += 1
             self._report(result.fallback)
@@ -180,7 +180,7 @@ class StepRule:
     def fallbacks(self) -> int:
         """Batches so far that kept their gradient or used Fisher in place of the Hessian. Waits for the device."""
         self._report_zero()
-        counts = (self._kept_gradients, self._zero_hessians)
+        counts = (self._gradients_not_stepped, self._zero_hessians)
         return sum(int(count) for count in counts if count is not None) + self._structural_fallbacks
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +189,7 @@ class StepRule:
             "curvature": self.curvature.state_dict(),
             "damping": self.damping.state_dict(),
             "structural_fallbacks": self._structural_fallbacks,
-            "kept": _copy(self._kept_gradients),
+            "kept": _copy(self._gradients_not_stepped),
             "zero": _copy(self._zero_hessians),
         }
 
@@ -198,7 +198,7 @@ class StepRule:
         self.curvature.load_state_dict(state["curvature"])
         self.damping.load_state_dict(state["damping"])
         self._structural_fallbacks = state["structural_fallbacks"]
-        self._kept_gradients, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
+        self._gradients_not_stepped, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 
 
 def _counted(count: Tensor | None, more: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ class StepInBackward:
         layout: between the outputs and their rows.
         rule: from gradients to steps.
         mean: whether the loss is the mean over its samples, and not the sum.
-        hessians: where the Hessian is known in closed form, from the gradient that arrives at its operation.
+        hessians: from the gradient that arrives at an operation to the Hessians that are known in closed form; or to
+            products that raise why there are none.
     """
 
     def __init__(
