@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "PADDED",
     "ArgumentError",
     "ArgumentTypeError",
     "BatchCoupledError",
@@ -25,6 +26,7 @@ __all__ = [
     "RanksDisagreeError",
     "ShapeError",
     "SingularCurvatureError",
+    "as_real",
     "check_choice",
     "check_floating",
     "check_positive",
@@ -79,6 +81,8 @@ class OutputsTooLargeError(NewtonPluginError, RuntimeError):
     """A dense curvature of these outputs would not fit in memory."""
 
 
+PADDED = "Give each sample its own row, torch.nested.to_padded_tensor(...).clone(), before a layer makes the outputs."
+
 # Tracebacks show the name that can be imported.
 for _error in (NewtonPluginError, *NewtonPluginError.__subclasses__()):
     _error.__module__ = "newton_plugin"
@@ -109,5 +113,13 @@ def check_floating(name: str, tensor: Any) -> None:
         raise ArgumentTypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}.")
     if not tensor.is_floating_point():
         raise ArgumentTypeError(
-            f"{name} must have a floating-point dtype; got {tensor.dtype}. Convert it first, e.g. {name}.float()."
+            f"{name} must have a floating-point dtype; got {tensor.dtype}. "
+            + (as_real(name) if tensor.is_complex() else f"Convert it first, e.g. {name}.float().")
         )
+    if tensor.is_nested:
+        raise ArgumentTypeError(f"{name} must not be a nested tensor. {PADDED}")
+
+
+def as_real(name: str) -> str:
+    """What to do with complex outputs."""
+    return f"Compute the loss from real numbers, torch.view_as_real({name}): real and imaginary parts are two features."

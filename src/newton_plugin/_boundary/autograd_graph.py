@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from newton_plugin._errors import PADDED, ArgumentTypeError, as_real
+
 __all__ = [
     "Boundary",
     "Consumers",
@@ -129,8 +131,17 @@ def edge_metadata(edge: Edge) -> Any:
 
 
 def edge_shape(edge: Edge) -> tuple[int, ...]:
-    """The shape of the tensor that an edge stands for."""
-    return tuple(edge_metadata(edge).shape)
+    """The shape of the tensor that an edge stands for.
+
+    Raises:
+        ArgumentTypeError: a nested tensor, which has no rows of equal length.
+    """
+    metadata = edge_metadata(edge)
+    if metadata.is_nested if is_leaf(edge[0]) else metadata.is_nested_tensor:
+        raise ArgumentTypeError(
+            f"the loss was computed from a nested tensor ({operation(edge[0])}), which has no shape. {PADDED}"
+        )
+    return tuple(metadata.shape)
 
 
 def explore(root: Node, stop: Callable[[Edge], bool], skip: Callable[[Node], bool] | None = None) -> LossGraph:
@@ -184,6 +195,10 @@ def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
 def make_boundary(name: str, edge: Edge, graph: LossGraph) -> Boundary:
     """The boundary at ``edge``; ``graph`` is the part of the loss's graph that leads there."""
     metadata = edge_metadata(edge)
+    if metadata.dtype.is_complex:
+        raise ArgumentTypeError(
+            f"outputs must have a floating-point dtype; got {metadata.dtype} for {name!r}. {as_real('outputs')}"
+        )
     grouped: dict[Node, list[int]] = {}
     for node, position in graph.consumers.get(edge, ()):
         grouped.setdefault(node, []).append(position)

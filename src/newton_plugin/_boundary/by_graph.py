@@ -224,6 +224,8 @@ def _is_scaling(node: Node) -> bool:
 
 def _same_numbers(node: Node, edge: Edge, after: Edge) -> bool:
     """Whether the operation ``node``, from ``edge`` to ``after``, changes no number and belongs to the model."""
+    if operation(node) == "ViewAsReal":
+        return True
     if operation(node) in _SAME_NUMBERS and len(list(children(node))) == 1:
         if math.prod(edge_shape(after)) != math.prod(edge_shape(edge)):
             return False

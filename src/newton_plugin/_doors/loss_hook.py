@@ -149,6 +149,10 @@ class LossHook:
         _check_loss(loss)
         if not torch.is_grad_enabled():
             return loss
+        if self._found_once and loss.is_leaf and loss.requires_grad:  # an empty batch's loss that stands for itself
+            current_ranks(self._settings.sync).agree("no boundary")
+            self._skipped += 1
+            return loss
         _check_graph(loss)
         if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
