@@ -69,3 +69,23 @@ def test_a_loss_that_stands_for_an_empty_batch_is_counted() -> None:
     assert hook.diagnostics()["fallbacks"] == 1
     with pytest.raises(npl.NoGradientError, match="no autograd graph"):  # never right: nothing requires grad
         hook(torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, F.huber_loss, F.binary_cross_entropy_with_logits], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("told", ["mean", "sum"])
+@pytest.mark.parametrize("computed", ["mean", "sum"])
+def test_a_reduction_that_was_not_told_is_noticed(loss: object, told: str, computed: str) -> None:
+    """A sum that is taken for a mean: gradients N times too long, and steps shorter or longer by that."""
+    net, hook = nn.Linear(5, 3).double(), npl.LossHook(reduction=told)  # type: ignore[arg-type]
+
+    def train() -> None:
+        hook(loss(net(X), torch.zeros(6, 3).double(), reduction=computed)).backward()  # type: ignore[operator]
+
+    if told == computed:
+        train()  # warnings are errors
+    else:
+        with pytest.warns(UserWarning, match=f"computed with reduction='{computed}'.*: reduction='{computed}'"):
+            train()
+        train()  # once

@@ -84,6 +84,7 @@ def form_of(loss_of: Loss, y: Tensor, feature_dims: tuple[int, ...] | None = Non
     return find_closed_form(loss.grad_fn, boundary, RowLayout(tuple(y.shape), feature_dims))
 
 
+@pytest.mark.filterwarnings("ignore:.*but it was computed with reduction:UserWarning")  # both, on purpose
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", losses())
 def test_closed_forms_are_found_and_exact(name: str, reduction: str) -> None:

@@ -261,7 +261,7 @@ def test_boundaries_of_different_sizes_under_one_mean() -> None:
 
 def test_an_empty_batch_passes_through() -> None:
     net = model()
-    hook = npl.LossHook(damping=0.1)
+    hook = npl.LossHook(damping=0.1, reduction="sum")
     hook(F.cross_entropy(net(X[:0]), T[:0], reduction="sum")).backward()
     assert bool((flat(net) == 0).all())
 

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ __all__ = [
     "on_one_path",
     "operation",
     "preconditioned_edges",
+    "reduction_of",
     "upstream_edges",
 ]
 
@@ -220,6 +221,12 @@ def _always_sends(name: str) -> bool:
     PyTorch's own operations do. A user's autograd.Function and PyTorch's second derivatives may send None.
     """
     return name[-1:].isdigit() and "BackwardBackward" not in name
+
+
+def reduction_of(node: Node) -> Literal["mean", "sum"] | None:
+    """How the loss of this node is made of its elements, where it is a loss of torch's own that says so."""
+    code = getattr(node, "_saved_reduction", None)
+    return {1: "mean", 2: "sum"}.get(code) if isinstance(code, int) else None  # type: ignore[return-value]
 
 
 def is_output_of_fsdp1(edge: Edge) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1
+from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1, reduction_of
 from newton_plugin._boundary.finder import Cut, free_boundaries
 from newton_plugin._boundary.rows import layout_of
 from newton_plugin._boundary.search import BoundarySearch
@@ -186,7 +186,7 @@ class LossHook:
                 "wrap the loss function by npl.newton_loss, or name the submodule that makes the outputs, "
                 "boundary='head'."
             )
-        self._report_doubts(cut)
+        self._report_doubts(cut, loss)
         if cut.preconditioned:
             return []
         if not cut.boundaries:
@@ -199,7 +199,14 @@ class LossHook:
             )
         return cut.boundaries
 
-    def _report_doubts(self, cut: Cut) -> None:
+    def _report_doubts(self, cut: Cut, loss: Tensor) -> None:
+        assert loss.grad_fn is not None
+        reduction = reduction_of(loss.grad_fn)
+        if reduction is not None and reduction != self._settings.reduction:
+            self._report(
+                f"newton_plugin takes this loss for the {self._settings.reduction} over the samples, but it was "
+                f"computed with reduction={reduction!r}. Give the same to newton_plugin: reduction={reduction!r}."
+            )
         for words in cut.left_out:
             self._report(f"newton_plugin leaves one boundary out: {words}.")
         if self._settings.feature_dims is not None and cut.transposed:
