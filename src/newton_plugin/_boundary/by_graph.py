@@ -25,7 +25,8 @@ from newton_plugin._boundary.autograd_graph import (
     operation,
 )
 from newton_plugin._boundary.finder import Cut, boundaries_at, describe
-from newton_plugin._boundary.layers import Layers, hides_parameters
+from newton_plugin._boundary.layers import Layers
+from newton_plugin._boundary.opaque import hides_parameters, is_scripted
 
 __all__ = ["GraphFinder"]
 
@@ -72,7 +73,7 @@ class GraphFinder:
         assert root is not None
         layers = Layers()
         graph = explore(
-            root, lambda edge: bool(edge_shape(edge)) and layers.ends_here(edge[0]), skip=layers.is_parameter
+            root, lambda edge: layers.ends_here(edge[0]) and bool(edge_shape(edge)), skip=layers.is_parameter
         )
         # Beside a layer, what is picked from a parameter by index is a part of the loss: transition scores, say.
         outputs = [edge for edge in graph.stops if not layers.is_lookup(edge[0])] or graph.stops
@@ -88,10 +89,10 @@ class GraphFinder:
         edges, transposed = _towards_loss(named, graph, layers)
         cut = boundaries_at(edges, graph)
         cut.transposed = transposed
-        cut.hidden = [node.name() for node in graph.nodes if hides_parameters(node) or _is_scripted(node)]
+        cut.hidden = [node.name() for node in graph.nodes if hides_parameters(node) or is_scripted(node)]
         if all(operation(node) in _REDUCTIONS for node in graph.nodes):
             # The loss only adds up what a script returned: it has been computed inside.
-            cut.hidden += [edge[0].name() for edge in graph.stops if _is_scripted(edge[0])]
+            cut.hidden += [edge[0].name() for edge in graph.stops if is_scripted(edge[0])]
         if any(operation(n) == "CompiledFunction" and layers.owns_parameters(n) for n in graph.nodes):
             cut.left_out.append("what torch.compile has made one operation of, network and loss together")
         return cut
@@ -117,11 +118,6 @@ def _unwrapped(name: str) -> str:
 
 def _variable(leaf: Node) -> Tensor:
     return leaf.variable  # type: ignore[attr-defined]
-
-
-def _is_scripted(node: Node) -> bool:
-    """Whether a script has made one operation of parameters and loss."""
-    return operation(node) == "DifferentiableGraph" and any(is_leaf(child) for child, _ in children(node))
 
 
 def _towards_loss(named: Mapping[Edge, str], graph: LossGraph, layers: Layers) -> tuple[dict[Edge, str], list[str]]:

@@ -19,18 +19,16 @@ A *weight* was computed from parameters and constants alone. Data, like a consta
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, edge_shape, is_leaf, operation
+from newton_plugin._boundary.opaque import hides_parameters
 
-__all__ = ["Layers", "hides_parameters"]
+__all__ = ["Layers"]
 
 _PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
 _WEIGHTED = _PRODUCTS | {"Addmm", "Addmv", "Baddbmm", "Addbmm", "Convolution", "ConvolutionOverrideable", "Dot"}
@@ -114,13 +112,17 @@ class Layers:
 
     def ends_here(self, node: Node) -> bool:
         """Whether the operation is a layer, so that what it returns may be outputs."""
-        if is_leaf(node):
-            return False
-        if self._is_weighted(node):
-            return True
-        if not self.owns_parameters(node):
-            return hides_parameters(node)
-        return not (operation(node) in _ELEMENTWISE and self._has_layer_below(node))
+        # Asked of every node of a loss, and algorithms have thousands.
+        known, owns, name = self._parameters, False, operation(node)
+        for child, _ in node.next_functions:
+            if child is not None and (known[child] if child in known else self.is_parameter(child)):
+                owns = True
+                break
+        if owns:
+            return name not in _ELEMENTWISE or not self._has_layer_below(node)
+        if name in _WEIGHTED:
+            return any(self.is_weight(child) for child, _ in children(node))
+        return hides_parameters(node)
 
     def is_lookup(self, node: Node) -> bool:
         """Whether the operation picks from a parameter by index: an embedding written by hand, or transition scores."""
@@ -213,23 +215,22 @@ class Layers:
 
     def _has_layer_below(self, node: Node) -> bool:
         """Whether the inputs that are no parameters were computed by a layer."""
-        known, first = self._below, node
-        stack = [iter([child for child, _ in children(node) if not self.is_parameter(child)])]
-        path: list[Node] = [first]
-        while stack:
+        known = self._below
+        path, stack = [node], [self._data_inputs(node)]
+        while stack and path[-1] not in known:
             child = next(stack[-1], None)
             if child is None:
-                known.setdefault(path.pop(), False)
+                known[path.pop()] = False
                 stack.pop()
-                continue
-            if known.get(child) is False or is_leaf(child) or child in path:
-                continue
-            if known.get(child) or self._is_layer(child):
+            elif known.get(child) or self._is_layer(child):
                 known.update(dict.fromkeys(path, True))
-                return True
-            path.append(child)
-            stack.append(iter([c for c, _ in children(child) if not self.is_parameter(c)]))
-        return known.get(first, False)
+            elif child not in known:
+                path.append(child)
+                stack.append(self._data_inputs(child))
+        return known[node]
+
+    def _data_inputs(self, node: Node) -> Iterator[Node]:
+        return (child for child, _ in children(node) if not self.is_parameter(child))
 
     def _is_layer(self, node: Node) -> bool:
         """Whether the operation is a layer whatever lies below; a lookup alone is none."""
@@ -281,40 +282,3 @@ def _made_of_parameters(node: Node) -> bool:
         return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
     except RuntimeError:  # they do not broadcast
         return False
-
-
-def hides_parameters(node: Node) -> bool:
-    """Whether a Python ``autograd.Function`` holds parameters that are not its inputs: a reentrant checkpoint, say."""
-    if not isinstance(node, BackwardCFunction) or _is_ours(node):
-        return False
-    shown = {id(child.variable) for child, _ in children(node) if is_leaf(child)}  # type: ignore[attr-defined]
-    return any(id(held) not in shown for held in _parameters_in(list(vars(node).values())))
-
-
-def _is_ours(node: Node) -> bool:
-    """Whether the Function is one of this package: an algorithm of a loss, which holds no parameters."""
-    return getattr(node, "_forward_cls").__module__.partition(".")[0] == "newton_plugin"  # noqa: B009 - no type stubs
-
-
-def _parameters_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """The parameters that an attribute of a Function leads to: of a module, in a list, in what a function refers to."""
-    if isinstance(value, nn.Parameter):
-        if value.requires_grad:
-            yield value
-    elif isinstance(value, nn.Module):
-        yield from (p for p in value.parameters() if p.requires_grad)
-    elif depth and isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _parameters_in(item, depth - 1)
-    elif depth and isinstance(value, Mapping):
-        yield from _parameters_in(list(value.values()), depth - 1)
-    elif depth and isinstance(value, functools.partial):
-        yield from _parameters_in([value.func, *value.args, *value.keywords.values()], depth - 1)
-    elif depth and inspect.ismethod(value):
-        yield from _parameters_in([value.__self__, value.__func__], depth - 1)
-    elif depth and inspect.isfunction(value):
-        try:
-            names = inspect.getclosurevars(value)
-        except ValueError:  # it refers to a variable that has no value yet
-            return
-        yield from _parameters_in([*names.nonlocals.values(), *names.globals.values()], depth - 1)
