@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._errors import ArgumentError
 from newton_plugin._runtime.cuda_graphs import capturing, carried
 
 __all__ = ["RunningMean"]
@@ -111,6 +112,18 @@ class RunningMean:
         return {"mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self._mean, self._count, self._norm = state.get("mean"), state.get("count"), None
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ArgumentError: a mean that is not finite, which :meth:`update` never makes.
+            TypeError: a state of something else.
+        """
+        mean, count = state.get("mean"), state.get("count")
+        if not isinstance(mean, Tensor | None) or not isinstance(count, Tensor | None):
+            raise TypeError("the state of a running mean holds two tensors")
+        if mean is not None and not bool(torch.isfinite(mean).all()):
+            raise ArgumentError(
+                "state holds a running mean that is not finite, which every later step would have. Begin without it."
+            )
+        self._mean, self._count, self._norm = mean, count, None
         self._in_place = False

@@ -6,6 +6,7 @@ engine replace the gradients there. This file also words every warning and error
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -234,9 +235,10 @@ class LossHook:
         )
 
     def _report(self, message: str) -> None:
-        """Warn once for each message."""
-        if message not in self._reported:
-            self._reported.add(message)
+        """Warn once for each cause, whatever shapes and numbers are in the message."""
+        cause = re.sub(r"\d+", "#", message)
+        if cause not in self._reported:
+            self._reported.add(cause)
             warnings.warn(message, UserWarning, stacklevel=5)
 
     def _rules_of(self, boundaries: Sequence[Boundary], loss: str) -> list[StepRule]:
@@ -277,9 +279,10 @@ class LossHook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._rules = {key: self._settings.build() for key in state["rules"]}
-        for key, rule in self._rules.items():
+        rules = {key: self._settings.build() for key in state["rules"]}
+        for key, rule in rules.items():
             rule.load_state_dict(state["rules"][key])
+        self._rules = rules
         self._found_once, self._skipped = state["found_once"], state["skipped"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -193,8 +194,28 @@ class StepRule:
             "zero": _copy(self._zero_hessians),
         }
 
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Load into copies first: what fails there would fail later, at a step."""
+        for kind, rule in (("curvature", self.curvature), ("damping", self.damping)):
+            trial = copy.deepcopy(rule)
+            try:
+                trial.load_state_dict(state[kind])
+                same = trial.state_dict().keys() == state[kind].keys()
+            except (AttributeError, KeyError, TypeError):
+                same = False
+            if not same:
+                raise ArgumentError(
+                    f"state was not saved with {kind}={rule!r}: its entries are others. Load a state with the settings "
+                    "that it was saved with, or begin without it."
+                )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ArgumentError: a state of another curvature or damping, or one that is not finite. Nothing is changed.
+        """
+        self._check_state(state)
         self.curvature.load_state_dict(state["curvature"])
         self.damping.load_state_dict(state["damping"])
         self._structural_fallbacks = state["structural_fallbacks"]
