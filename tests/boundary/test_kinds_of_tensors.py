@@ -94,8 +94,12 @@ def test_a_reduction_that_was_not_told_is_noticed(loss: object, told: str, compu
 def test_a_cause_is_told_once_whatever_the_shapes() -> None:
     """The same layer left out of batches of many sizes is one cause."""
     net, hook = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(), npl.LossHook()
-    with pytest.warns(UserWarning, match="leaves one boundary out") as caught:
+
+    def train() -> None:
         for n in (6, 5, 4, 3):
             hidden = net[0](X[:n])
             hook(net[2](net[1](hidden)).square().mean() + 0.1 * hidden.square().mean()).backward()
+
+    with pytest.warns(UserWarning, match="leaves one boundary out") as caught:
+        train()
     assert len(caught) == 1
