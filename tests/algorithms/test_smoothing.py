@@ -570,7 +570,7 @@ def test_a_smoothed_loss_steps_by_the_explicit_hessian(noise: str, door: str) ->
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_graph_shows_where_outputs_meet_a_smoothed_loss(estimator: str) -> None:
-    """GraphCut finds the last layer, and nothing of the smoothing, through reshaping and half precision alike."""
+    """The search finds the last layer, and nothing of the smoothing, through reshaping and half precision alike."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
     for prepare in (lambda y: y, lambda y: y.reshape(-1, 2, 2), lambda y: y.bfloat16()):
         smooth = StochasticSmoothing(torch.sign, samples=4, sigma=1.0, estimator=estimator)
