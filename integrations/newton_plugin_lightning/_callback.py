@@ -9,6 +9,7 @@ and its autograd graph is complete, so the step is taken there. In manual optimi
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from newton_plugin import ArgumentError, ArgumentTypeError, Curvature, Damping, LossHook
-from newton_plugin_lightning._bases import CallbackBase
+from newton_plugin_lightning._bases import TREES, CallbackBase
 from newton_plugin_lightning._patch import MethodPatch
 
 __all__ = ["NewtonLosses"]
@@ -111,6 +112,7 @@ class NewtonLosses(CallbackBase):
         self._log_now = False
         self._losses = 0
         self._compiled = False
+        self._told = False
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -231,6 +233,10 @@ class NewtonLosses(CallbackBase):
         if isinstance(loss, Tensor) and trainer.global_step >= self.start_step:
             # In manual optimization the k-th loss of a batch (a GAN's two, say) keeps a curvature of its own.
             self.hook(loss, name=f"loss{self._losses + 1}" if self._losses else "")
+            if not self._told and self.hook.boundaries:
+                self._told = True
+                if trainer.is_global_zero:
+                    _logger_of(trainer).info("NewtonLosses: the step is taken at %s", self.hook.describe())
             self._hooked = True
             self._losses += 1
 
@@ -250,6 +256,13 @@ class NewtonLosses(CallbackBase):
 def _is_training(trainer: Any) -> bool:
     """Whether this is training. Validation may call the module's own training_step, which then stays plain."""
     return trainer.training and torch.is_grad_enabled()
+
+
+def _logger_of(trainer: Any) -> logging.Logger:
+    """The one in which this Trainer tells what it found (GPU available, ...), so that the line is seen beside those."""
+    modules = [kind.__module__ for kind in type(trainer).__mro__]
+    used = (tree for tree in TREES if any(m.startswith(tree) for m in modules))
+    return logging.getLogger(next(used, "newton_plugin_lightning"))
 
 
 def _check_start_step(value: Any) -> int:

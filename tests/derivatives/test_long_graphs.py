@@ -41,7 +41,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
         if options.get("is_grads_batched"):
-            taken.append(len(grad_outputs))
+            taken.append(len(grad_outputs[0]))
         return grad(outputs, inputs, grad_outputs, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", counted)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tests.cases import CLASSES, FEATURES, Case
-from tests.twins import gradients_and_hessians, step
+from tests.twins import gradients_and_hessians, in_one_size, step
 from torch import Tensor, nn
 
 import newton_plugin as npl
@@ -111,7 +111,7 @@ def surrogate_gradients(
     total = torch.zeros((), dtype=torch.float64)
     for x, t in batches:
         output = model(x)
-        total = total + model.plain(output)
+        gradients, steps, all_rows = [], [], []
         for which, y in enumerate(model.boundaries(output)):
 
             def loss_of(rows: Tensor, which: int = which, y: Tensor = y, output: Any = output, t: Tensor = t) -> Tensor:
@@ -119,8 +119,15 @@ def surrogate_gradients(
 
             rows = model.rows(y)
             g, h = gradients_and_hessians(loss_of, rows)
-            taken = step(g, h, curvature, structure, power, DAMPING).reshape(rows.shape)
-            total = total + npl.quadratic_surrogate(rows, rows.detach() - taken)
+            gradients.append(g)
+            steps.append(step(g, h, curvature, structure, power, DAMPING))
+            all_rows.append(rows)
+        size = 1.0
+        if curvature == "norm":  # a relative damping: the loss has one size
+            steps, size = in_one_size(gradients, steps, 0.5)
+        total = total + size * model.plain(output)
+        for rows, taken in zip(all_rows, steps, strict=True):
+            total = total + npl.quadratic_surrogate(rows, rows.detach() - taken.reshape(rows.shape))
     named = [p for p in named if p.requires_grad]
     grads = torch.autograd.grad(total / len(batches), named, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(named, grads, strict=True)]

@@ -197,4 +197,4 @@ class TestLightningModule:
                 module.model = torch.compile(module.model, backend=backend)
             trainer(pl, newton).fit(module, Batches(BATCHES[:1]))
             keys.append(list(newton.state_dict()["hook"]["rules"]))
-        assert keys[0] == keys[1] == ["model.2:3"]
+        assert keys[0] == keys[1] == ["model.2"]

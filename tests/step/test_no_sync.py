@@ -34,6 +34,7 @@ def test_a_training_step_does_not_wait(curvature: str, structure: str, damping: 
         for _ in range(2):
             hook(F.cross_entropy(model(x), t)).backward()
             wrapped(model(x), t).backward()
+            hook._sharing.clear()  # after the first steps it is read whether others share the loss's operations
     with pytest.raises(AssertionError, match="waits"), NoWaiting():
         hook.diagnostics()
 
@@ -56,6 +57,20 @@ def test_a_hessian_is_verified_once_and_not_at_every_step() -> None:
     for _ in range(3):
         with Recorder() as recorder:
             hook(torch.cosh(model(x) - t.unsqueeze(-1)).mean()).backward()
+        hook._sharing.clear()
         waits.append(sum(any(name in op for name in WAITS) for op in recorder.called))
     assert waits[0] > waits[1] == waits[2]
     assert waits[1] <= 2  # did Cholesky fail; was the Hessian zero (looked at on the CPU alone)
+
+
+def test_whether_others_share_the_operations_is_read_after_a_look_and_at_no_other_step() -> None:
+    """Looks are at the steps 1, 2, 4, 8, ..., so the steps 2, 3, 5, 9, ... wait once."""
+    torch.manual_seed(0)
+    model, x, t = nn.Linear(4, 3), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    hook, waits = npl.LossHook(), []
+    for step in range(1, 18):
+        with Recorder() as recorder:
+            hook(F.cross_entropy(model(x), t)).backward()
+        if any(name in op for name in WAITS for op in recorder.called):
+            waits.append(step)
+    assert waits == [2, 3, 5, 9, 17]

@@ -24,14 +24,14 @@ FREE = {
 }
 
 BUDGETS: list[tuple[dict[str, Any], int]] = [
-    ({}, 29),
-    ({"structure": "mean"}, 42),
-    ({"structure": "mean", "damping": 0.1}, 22),
-    ({"structure": "diagonal", "damping": 0.1}, 20),
-    ({"structure": "isotropic", "damping": 0.1}, 19),
-    ({"structure": "per_sample", "damping": 0.1}, 20),
-    ({"curvature": "norm"}, 17),
-    ({"curvature": "hessian", "damping": 0.1}, 40),
+    ({}, 33),
+    ({"structure": "mean"}, 45),
+    ({"structure": "mean", "damping": 0.1}, 25),
+    ({"structure": "diagonal", "damping": 0.1}, 23),
+    ({"structure": "isotropic", "damping": 0.1}, 23),
+    ({"structure": "per_sample", "damping": 0.1}, 24),
+    ({"curvature": "norm"}, 21),
+    ({"curvature": "hessian", "damping": 0.1}, 43),
 ]
 DOORS: dict[str, Callable[..., Callable[[Tensor, Tensor], Tensor]]] = {
     "LossHook": lambda **options: _hooked(npl.LossHook(**options)),
@@ -58,10 +58,10 @@ class Launches(TorchDispatchMode):
 
 
 def launches(loss: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
-    """Of a step after the first two, in float32."""
+    """Of a step after the first five, in float32: at the sixth nobody looks for other users of the loss."""
     torch.manual_seed(0)
     model, x, t = nn.Linear(4, 10), torch.randn(128, 4), torch.randint(10, (128,))
-    for _ in range(2):
+    for _ in range(5):
         loss(model(x), t).backward()
     with Launches() as counted:
         loss(model(x), t).backward()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ __all__ = [
     "is_output_of_fsdp1",
     "is_preconditioned",
     "known_hessian",
+    "lowest_number",
     "make_boundary",
     "mark_hessian",
     "mark_preconditioned",
@@ -64,6 +65,8 @@ class Boundary:
         shape, dtype, device: of the outputs.
         consumers: the operations of the loss that use the outputs; for each, at which positions among its inputs.
         certain: whether every consumer sends a gradient in every backward pass that reaches the outputs.
+        features: which dimensions are features, where the graph tells; None: all but the first.
+        layer: what two calls of one layer have in common, and no other layer has; None: not known.
     """
 
     name: str
@@ -73,6 +76,8 @@ class Boundary:
     device: torch.device
     consumers: tuple[tuple[Node, tuple[int, ...]], ...]
     certain: bool
+    features: tuple[int, ...] | None = None
+    layer: Hashable | None = None
 
     @property
     def graph_edge(self) -> Edge:
@@ -89,12 +94,14 @@ class LossGraph:
         stops: the edges at which the walk stopped, in the order in which they were met.
         preconditioned: nodes of losses inside this loss that already take a Newton step; the walk ends there, too.
         nodes: every node that was walked through, in order, the loss's own first.
+        skipped: the edges whose node was passed over, with the operations that use them.
     """
 
     consumers: Consumers = field(default_factory=dict)
     stops: list[Edge] = field(default_factory=list)
     preconditioned: list[Node] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
+    skipped: Consumers = field(default_factory=dict)
 
 
 def edge_of(tensor: Tensor) -> Edge:
@@ -154,32 +161,44 @@ def explore(root: Node, stop: Callable[[Edge], bool], skip: Callable[[Node], boo
         skip: whether to pass a node over, as if it were not there.
     """
     graph = LossGraph(nodes=[root])
-    visited, stopped = {root}, set()
-    for node in graph.nodes:  # the list grows during the walk
-        for position, (child, index) in enumerate(node.next_functions):
-            if child is None or (skip is not None and skip(child)):
+    nodes, consumers, skipped, visited = graph.nodes, graph.consumers, graph.skipped, {root}
+    for node in nodes:  # the list grows during the walk
+        for position, edge in enumerate(node.next_functions):
+            child = edge[0]
+            if child is None:
                 continue
-            edge = (child, index)
-            graph.consumers.setdefault(edge, []).append((node, position))
-            if edge in stopped:
+            users = consumers.get(edge) or skipped.get(edge)  # type: ignore[arg-type]
+            if users is not None:  # the edge was met before
+                users.append((node, position))
                 continue
-            if stop(edge):
-                stopped.add(edge)
-                graph.stops.append(edge)
+            if skip is not None and skip(child):
+                skipped[edge] = [(node, position)]  # type: ignore[index]
+                continue
+            consumers[edge] = [(node, position)]  # type: ignore[index]
+            if stop(edge):  # type: ignore[arg-type]
+                graph.stops.append(edge)  # type: ignore[arg-type]
             elif child not in visited:
                 visited.add(child)
-                if is_preconditioned(child):
+                if child.metadata and is_preconditioned(child):
                     graph.preconditioned.append(child)
                 else:
-                    graph.nodes.append(child)
+                    nodes.append(child)
     return graph
+
+
+def lowest_number(edges: Iterable[Edge]) -> int:
+    """A walk towards the inputs meets none of ``edges`` below a node whose number is lower than this.
+
+    PyTorch numbers the nodes in the order in which they are made: what a node was computed from has a lower number.
+    """
+    nodes = [node for node, _ in edges]
+    return 0 if any(map(is_leaf, nodes)) else min((node._sequence_nr() for node in nodes), default=0)
 
 
 def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
     """Those of ``wanted`` that ``start`` was computed from."""
     wanted = set(wanted)
-    # A node has a higher number than every node it was computed from, so the walk may end below the lowest one wanted.
-    lowest = min((node._sequence_nr() for node, _ in wanted if not is_leaf(node)), default=0)
+    lowest = lowest_number(wanted)
     found: set[Edge] = set()
     visited, stack = {start[0]}, [start[0]]
     while stack:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from newton_plugin._boundary.autograd_graph import Edge, edge_of, explore
-from newton_plugin._boundary.finder import Cut, boundaries_at
+from newton_plugin._boundary.finder import Cut, Part, boundaries_at
 from newton_plugin._errors import ArgumentError
 
 __all__ = ["LossCall", "ModuleOutput"]
@@ -47,14 +47,14 @@ class _Recorder:
     _LIMIT = 256
 
     def __init__(self) -> None:
-        self.recorded: dict[Edge, str] = {}
+        self.recorded: dict[Edge, Part] = {}
 
     def record(self, name: str, value: Any) -> None:
-        """Record the tensors in ``value`` under ``name``."""
+        """Record the tensors in ``value``, what one call returned or was given, under ``name``."""
         if not torch.is_grad_enabled():
             return
-        for tensor in tensors_in(value):
-            self.recorded.setdefault(edge_of(tensor), name)
+        for place, tensor in enumerate(tensors_in(value)):
+            self.recorded.setdefault(edge_of(tensor), Part(name, frozenset([(name, place)])))
         while len(self.recorded) > self._LIMIT:
             self.recorded.pop(next(iter(self.recorded)))
 
@@ -65,7 +65,7 @@ class _Recorder:
         graph = explore(loss.grad_fn, recorded.__contains__)
         cut = boundaries_at({edge: recorded[edge] for edge in graph.stops}, graph)
         if recorded and not cut.boundaries:
-            names = ", ".join(sorted({repr(n) for n in recorded.values()}))
+            names = ", ".join(sorted({repr(part.name) for part in recorded.values()}))
             cut.description += f"; outputs recorded from {names}, none of which the loss was computed from"
         elif not recorded:
             cut.description += "; nothing recorded: the named part was not called since the last step"

@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -25,8 +25,34 @@ from newton_plugin._boundary.autograd_graph import (
     preconditioned_edges,
     upstream_edges,
 )
+from newton_plugin._boundary.axes import features_of
 
-__all__ = ["BoundaryFinder", "Cut", "boundaries_at", "describe", "free_boundaries"]
+__all__ = ["BoundaryFinder", "Cut", "Part", "boundaries_at", "describe", "free_boundaries", "joined_part"]
+
+
+class Part(NamedTuple):
+    """What is known about an edge at which outputs were found.
+
+    Attributes:
+        name: see :class:`Boundary`.
+        layer: see :class:`Boundary`.
+        axis: which dimension counts the samples; see ``axes.py``.
+        origins: the edges from which it was moved towards the loss.
+    """
+
+    name: str
+    layer: frozenset[Any] | None
+    axis: int = 0
+    origins: frozenset[Edge] = frozenset()
+
+
+def joined_part(first: Part, parts: Sequence[Part]) -> Part:
+    """The part of an edge that several were joined to: the name of the first, the layers and the origins of all."""
+    layers = [part.layer for part in parts if part.layer is not None]
+    return first._replace(
+        layer=frozenset().union(*layers) if len(layers) == len(parts) else None,
+        origins=frozenset().union(*(part.origins for part in parts)),
+    )
 
 
 @dataclass
@@ -38,6 +64,9 @@ class Cut:
         left_out: boundaries that were passed over, each with the reason, in words.
         transposed: outputs whose features were transposed on the way to the loss, with both shapes, in words.
         hidden: operations of the loss that hold parameters which the graph does not show, by name.
+        beside: what the loss reaches without passing a boundary, by name: its own parameters, terms of earlier layers.
+        nested: outputs that were computed from one another and meet where no step can be taken, in words.
+        parts: outputs of which the loss takes groups of rows, each a sample: lists of items, say; in words.
         description: where no boundary was found, the operations of the loss, in words; else empty.
         preconditioned: whether a part of the loss already takes a Newton step of its own.
     """
@@ -46,6 +75,9 @@ class Cut:
     left_out: list[str] = field(default_factory=list)
     transposed: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
     description: str = ""
     preconditioned: bool = False
 
@@ -68,20 +100,22 @@ class BoundaryFinder(Protocol):
         ...
 
 
-def boundaries_at(edges: Mapping[Edge, str], graph: LossGraph) -> Cut:
+def boundaries_at(edges: Mapping[Edge, Part], graph: LossGraph) -> Cut:
     """Make boundaries of named edges; where one was computed from another, keep the one nearer the loss."""
     cut = Cut([], preconditioned=bool(graph.preconditioned))
     nested: set[Edge] = set()
     if len(edges) > 1:
         for edge in edges:
             nested |= upstream_edges(edge, [e for e in edges if e != edge])
-    for edge, name in edges.items():
+    for edge, (name, layer, axis, _) in edges.items():
         if edge in nested:
             cut.left_out.append(f"{_shown(edge, name)}: another boundary nearer the loss is computed from it")
         elif not graph.consumers.get(edge):
             cut.left_out.append(f"{_shown(edge, name)}: the loss does not use it directly")
         else:
-            cut.boundaries.append(make_boundary(name, edge, graph))
+            cut.boundaries.append(
+                replace(make_boundary(name, edge, graph), layer=layer, features=features_of(axis, edge_shape(edge)))
+            )
     if not cut.boundaries:
         cut.description = describe(graph)
     return cut

@@ -26,7 +26,7 @@ import torch
 from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, edge_shape, is_leaf, operation
-from newton_plugin._boundary.opaque import hides_parameters
+from newton_plugin._boundary.opaque import hidden_parameters, hides_parameters
 
 __all__ = ["Layers"]
 
@@ -68,32 +68,35 @@ class Layers:
         layer is no, and so it is for every node computed from it: the walk ends at the first layer it meets.
         """
         known = self._parameters
-        if node in known:
-            return known[node]
-        if is_leaf(node) or _is_layer_name(node.name()):  # nearly always
-            known[node] = is_leaf(node)
-            return known[node]
-        stack = [(node, children(node))]
+        verdict = known.get(node)
+        if verdict is None:
+            verdict = known[node] = _at_sight(node)  # type: ignore[assignment]
+        if verdict is not None:
+            return verdict
+        stack = [(node, iter(node.next_functions))]
         while stack:
             current, rest = stack[-1]
-            verdict = None
-            if current not in known and (is_leaf(current) or _is_layer_name(current.name())):
-                verdict = is_leaf(current)
-            else:
-                child = next((c for c, _ in rest if not known.get(c, False)), None)
+            verdict = True
+            for child, _ in rest:
                 if child is None:
-                    verdict = _made_of_parameters(current)
-                elif child in known:
-                    verdict = False
-                else:
-                    stack.append((child, children(child)))
-            if verdict is not None:
-                known[current] = verdict
+                    continue
+                below = known.get(child)
+                if below is None:
+                    below = known[child] = _at_sight(child)  # type: ignore[assignment]
+                if not below:
+                    verdict = below  # not yet known, or no
+                    if below is None:
+                        stack.append((child, iter(child.next_functions)))
+                    break
+            if verdict is None:
+                continue
+            if verdict and _made_of_parameters(current):
+                known[current] = True
                 stack.pop()
-                if not verdict:
-                    known.update((user, False) for user, _ in stack)
-                    stack.clear()
-        return known[node]
+                continue
+            known.update((user, False) for user, _ in stack)
+            return False
+        return True
 
     def owns_parameters(self, node: Node) -> bool:
         """Whether an input of the operation is a parameter, or was computed from parameters alone."""
@@ -110,14 +113,28 @@ class Layers:
                 stack += [child for child, _ in children(current)]
         return frozenset(found)
 
+    def applied_by(self, node: Node) -> set[int]:
+        """The ids of the parameters that a layer applies, also of those that the graph does not show.
+
+        A derivative of a layer, as a physics-informed loss makes it, is no call of the layer: none.
+        """
+        if _is_derivative(node):
+            return set()
+        shown = {id(leaf.variable) for leaf in self.parameters_of(node)}  # type: ignore[attr-defined]
+        return shown.union(map(id, hidden_parameters(node)))
+
     def ends_here(self, node: Node) -> bool:
         """Whether the operation is a layer, so that what it returns may be outputs."""
         # Asked of every node of a loss, and algorithms have thousands.
-        known, owns, name = self._parameters, False, operation(node)
+        known, owns = self._parameters, False
         for child, _ in node.next_functions:
-            if child is not None and (known[child] if child in known else self.is_parameter(child)):
-                owns = True
-                break
+            if child is not None:
+                owns = known.get(child)
+                if owns is None:
+                    owns = self.is_parameter(child)
+                if owns:
+                    break
+        name = operation(node)
         if owns:
             return name not in _ELEMENTWISE or not self._has_layer_below(node)
         if name in _WEIGHTED:
@@ -239,6 +256,14 @@ class Layers:
         return self._is_weighted(node) or self.owns_parameters(node) or hides_parameters(node)
 
 
+def _is_derivative(node: Node) -> bool:
+    """Whether the operation belongs to the backward pass of a layer: it transposes a weight that was transposed."""
+    if "BackwardBackward" in node.name():
+        return True
+    twice = [source for child, _ in children(node) if operation(child) == "T" for source, _ in children(child)]
+    return any(operation(source) == "T" for source in twice)
+
+
 def _depends_on_leaf_of(node: Node, weights: list[Node]) -> bool:
     """Whether a tensor was computed from a leaf that the first of ``weights`` was computed from, too."""
     leaf = weights[0]
@@ -264,6 +289,13 @@ def _is_rearranged_leaf(node: Node) -> bool:
     return True
 
 
+def _at_sight(node: Node) -> bool | None:
+    """:meth:`Layers.is_parameter` for a leaf and for what has the name of a layer; None for all else."""
+    if is_leaf(node):
+        return True
+    return False if _is_layer_name(node.name()) else None
+
+
 @functools.cache
 def _is_layer_name(name: str) -> bool:
     return any(word in name.lower() for word in _NAMES) and name.split("Backward")[0] not in _PRODUCTS
@@ -271,14 +303,13 @@ def _is_layer_name(name: str) -> bool:
 
 def _made_of_parameters(node: Node) -> bool:
     """:meth:`Layers.is_parameter` for a node whose inputs that require grad were all computed from parameters alone."""
-    inputs = list(children(node))
-    if not inputs:
-        return False
-    if all(child is not None for child, _ in node.next_functions):
-        return True
+    edges = node.next_functions
+    inputs = [edge for edge in edges if edge[0] is not None]
+    if not inputs or len(inputs) == len(edges):
+        return bool(inputs)
     if operation(node) in _PRODUCTS:
         return False  # the other factor requires no grad: it is data
     try:
-        return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))
+        return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))  # type: ignore[arg-type]
     except RuntimeError:  # they do not broadcast
         return False

@@ -13,15 +13,20 @@ from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, is_leaf, operation
 
-__all__ = ["hides_parameters", "is_scripted"]
+__all__ = ["hidden_parameters", "hides_parameters", "is_scripted"]
 
 
 def hides_parameters(node: Node) -> bool:
     """Whether a Python ``autograd.Function`` holds parameters that are not its inputs: a reentrant checkpoint, say."""
+    return isinstance(node, BackwardCFunction) and next(hidden_parameters(node), None) is not None
+
+
+def hidden_parameters(node: Node) -> Iterator[Tensor]:
+    """The parameters that a Python ``autograd.Function`` holds and that are not its inputs."""
     if not isinstance(node, BackwardCFunction) or _is_ours(node):
-        return False
+        return
     shown = {id(child.variable) for child, _ in children(node) if is_leaf(child)}  # type: ignore[attr-defined]
-    return any(id(held) not in shown for held in _parameters_in(list(vars(node).values())))
+    yield from (held for held in _parameters_in(list(vars(node).values())) if id(held) not in shown)
 
 
 def _is_ours(node: Node) -> bool:

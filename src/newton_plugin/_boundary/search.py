@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from newton_plugin._boundary.autograd_graph import is_preconditioned
+from newton_plugin._boundary.beside import beside, names_of
 from newton_plugin._boundary.by_graph import GraphFinder
 from newton_plugin._boundary.by_name import LossCall, ModuleOutput
 from newton_plugin._boundary.finder import BoundaryFinder, Cut
+from newton_plugin._boundary.names import parameter_names
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
 
 __all__ = ["BoundarySearch"]
@@ -31,6 +33,7 @@ class BoundarySearch:
         self.boundary = boundary
         self._names = _check_boundary(boundary)
         self.finders: list[BoundaryFinder] = [] if self._names else [GraphFinder()]
+        self._parameters: dict[int, str] = {}
 
     def attach(self, module: nn.Module) -> None:
         """Register on ``module`` what the finders need. Names mean something only from now on.
@@ -48,11 +51,13 @@ class BoundarySearch:
         except ArgumentError:
             self.detach()
             raise
+        self._parameters = parameter_names(module)
 
     def detach(self) -> None:
         """Remove everything that :meth:`attach` registered."""
         for finder in self.finders:
             finder.detach()
+        self._parameters = {}
         if self._names:
             self.finders = []
 
@@ -80,14 +85,19 @@ class BoundarySearch:
                 f"boundary={self.boundary!r} names a part of the model, which the hook does not know. "
                 "Pass it: LossHook(..., module=model)."
             )
+        assert loss.grad_fn is not None
         cuts = [finder(loss) for finder in self.finders]
+        boundaries = list({b.graph_edge: b for cut in cuts for b in cut.boundaries}.values())
         return Cut(
-            list({b.graph_edge: b for cut in cuts for b in cut.boundaries}.values()),
-            [words for cut in cuts for words in cut.left_out],
-            [words for cut in cuts for words in cut.transposed],
-            [name for cut in cuts for name in cut.hidden],
-            "; ".join(cut.description for cut in cuts),
-            any(cut.preconditioned for cut in cuts),
+            boundaries,
+            left_out=[words for cut in cuts for words in cut.left_out],
+            transposed=[words for cut in cuts for words in cut.transposed],
+            hidden=[name for cut in cuts for name in cut.hidden],
+            beside=names_of(beside(loss.grad_fn, boundaries), self._parameters) if self._names else cuts[0].beside,
+            nested=[words for cut in cuts for words in cut.nested],
+            parts=[words for cut in cuts for words in cut.parts],
+            description="; ".join(cut.description for cut in cuts),
+            preconditioned=any(cut.preconditioned for cut in cuts),
         )
 
 

@@ -39,7 +39,13 @@ class AutoCurvature(Hessian):
         return super().wants_hessian(features) and affordable and not self._coupled
 
     def step(
-        self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS, groups: int = 1
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        damping: Damping,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        live: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
         m = gradient.shape[1]
@@ -53,7 +59,7 @@ class AutoCurvature(Hessian):
             reason = COUPLED
         else:
             try:
-                result = super().step(gradient, hvp, damping, ranks, groups)
+                result = super().step(gradient, hvp, damping, ranks, groups, live)
                 self._log(result.fallback or f"the Hessian, {'in closed form' if known else f'from {m} products'}")
                 return result
             except BatchCoupledError:
@@ -61,7 +67,7 @@ class AutoCurvature(Hessian):
             except OutputsTooLargeError as error:
                 reason = str(error)
         self._log(reason)
-        return self._fall_back(gradient, damping, reason, ranks, groups)
+        return self._fall_back(gradient, damping, reason, ranks, groups, live)
 
     def _log(self, choice: str) -> None:
         if choice != self._chosen:

@@ -24,6 +24,8 @@ class Batch:
         ranks: the processes that share the batch.
         groups: blocks of C; rows of one sample.
         unit: ``w^2``, no dimensions; None: 1.
+        live: the number of rows that have a gradient, no dimensions; None: all. What a loss ignores (padding, say) has
+            none, and does not count in a mean over samples.
     """
 
     gradient: Tensor
@@ -31,6 +33,22 @@ class Batch:
     ranks: Ranks
     groups: int = 1
     unit: Tensor | None = None
+    live: Tensor | None = None
+
+    @property
+    def samples(self) -> Tensor | int:
+        """The number of samples in a mean over them."""
+        return len(self.gradient) if self.live is None else self.live
+
+    @property
+    def samples_of_groups(self) -> Tensor | int:
+        """The same for each group: without dimensions, or (T, 1, 1) to divide T matrices."""
+        if self.groups == 1:
+            return self.samples
+        n = len(self.gradient) // self.groups
+        if self.live is None:
+            return n
+        return self.gradient.any(-1).reshape(n, self.groups).sum(0).clamp_min(1).reshape(-1, 1, 1)
 
     @property
     def averages(self) -> bool:

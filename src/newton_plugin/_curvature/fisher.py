@@ -36,14 +36,14 @@ __all__ = ["EmpiricalFisher", "batch_fisher"]
 
 def batch_fisher(batch: Batch, ndim: int) -> Tensor:
     """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
-    rows, (n, m) = batch.gradient, batch.gradient.shape
+    rows, m = batch.gradient, batch.gradient.shape[1]
     if ndim == 0:
-        return batch.ranks.mean(batch.squared_norms().sum(), n * m)
+        return batch.ranks.mean(batch.squared_norms().sum(), batch.samples * m)
     if ndim == 3:
         total = sum_over_rows(rows, lambda part: _products(to_blocks(part, batch.groups)), batch.groups)
-        return batch.in_units(batch.ranks.mean(total, n // batch.groups))
+        return batch.in_units(batch.ranks.mean(total, batch.samples_of_groups))
     total = sum_over_rows(rows, _products if ndim == 2 else _squares)
-    return batch.in_units(batch.ranks.mean(total, n))
+    return batch.in_units(batch.ranks.mean(total, batch.samples))
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -97,13 +97,14 @@ class EmpiricalFisher(Curvature):
         ranks: Ranks = ONE_PROCESS,
         groups: int = 1,
         weight: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
         n, m = gradient.shape
         groups = groups if self.structure == "block" else 1
         check_groups(n, groups)
         # A step is linear in the rows, so only the sums of squares have to know their weight.
-        batch = Batch(gradient, damping, ranks, groups, None if weight is None else weight.square())
+        batch = Batch(gradient, damping, ranks, groups, None if weight is None else weight.square(), live)
         if self.structure == "per_sample":
             return self._per_sample(batch)
         if self.structure == "isotropic":
@@ -144,12 +145,12 @@ class EmpiricalFisher(Curvature):
     def _isotropic(self, batch: Batch) -> CurvatureStep:
         # (c I + own g g' + d I)^-1 g = g / (c + d + own |g|^2), so the |g_i|^2 are all that is needed.
         gradient, damping, kept = batch.gradient, batch.damping, self._kept
-        n, m = gradient.shape
+        m = gradient.shape[1]
         squared = batch.squared_norms()
         total = squared.sum()
         refreshed = not kept.serves(m, 1)
         if refreshed:
-            c = batch.averaged(self._mean, batch.ranks.mean(total, n * m))
+            c = batch.averaged(self._mean, batch.ranks.mean(total, batch.samples * m))
             d = damping_for(damping, lambda: c, gradient, finite=batch.averages)
             kept.put(Isotropic(c), d, self._mean.finite, m)
         matrix, d = kept.use_matrix(gradient.device)
@@ -185,19 +186,20 @@ class EmpiricalFisher(Curvature):
 
     def _running_size(self, batch: Batch, squared: Tensor) -> tuple[Tensor, Tensor]:
         """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
-        n, m = batch.gradient.shape
-        size = batch.ranks.mean(squared.sum(), n * max(1, m))
+        size = batch.ranks.mean(squared.sum(), batch.samples * max(1, batch.gradient.shape[1]))
         return batch.averaged(self._mean, size), size
 
     def _push_through(self, batch: Batch) -> CurvatureStep:
         # An m x m running mean would cost more than the rest of the step. The batch's C is rescaled to the running
         # size instead.
         rows, here = batch.ranks.rows(batch.gradient)  # and which of them are of this process
-        n, m = rows.shape
+        m = rows.shape[1]
         products = batch.in_units(gram(rows))
+        live = batch.live if batch.live is None else batch.ranks.sum(batch.live)
+        whole = replace(batch, gradient=rows, ranks=ONE_PROCESS, live=live)
         # Every rank has the rows of all ranks, so the mean needs no further collective.
-        running_size, size = self._running_size(replace(batch, gradient=rows, ranks=ONE_PROCESS), products.diagonal())
-        weight = torch.where(size > 0, running_size / size, 1.0) / n
+        running_size, size = self._running_size(whole, products.diagonal())
+        weight = torch.where(size > 0, running_size / size, 1.0) / whole.samples
         finite = self._mean.finite
         assert finite is not None
         c = torch.where(finite, products, 0.0) * weight

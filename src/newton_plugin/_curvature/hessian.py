@@ -122,7 +122,13 @@ class Hessian(Curvature):
         return self._kept.due
 
     def step(
-        self, gradient: Tensor, hvp: HVP | None, damping: Damping, ranks: Ranks = ONE_PROCESS, groups: int = 1
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        damping: Damping,
+        ranks: Ranks = ONE_PROCESS,
+        groups: int = 1,
+        live: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`newton_plugin.Curvature.step`."""
         n, m = gradient.shape
@@ -139,13 +145,13 @@ class Hessian(Curvature):
             )
         if worst == Knowledge.NOTHING or hessians is None:
             reason = found.reason or "there is none on another rank"
-            return self._fall_back(gradient, damping, reason, ranks, groups)
-        batch = Batch(gradient, damping, ranks, groups)
+            return self._fall_back(gradient, damping, reason, ranks, groups, live)
+        batch = Batch(gradient, damping, ranks, groups, live=live)
         if self.structure == "per_sample":
             return per_sample_step(hessians, found.probed, batch, self.power, self.krylov, self._mean)
         c = mean_hessian(self.structure, worst, hessians, found.probed, batch, self._mean)
         if c.matrix is None:
-            result = self._fisher.step(gradient, None, damping, ranks)
+            result = self._fisher.step(gradient, None, damping, ranks, live=live)
             result.zero_hessian = c.zero
             return result
         self._kept.put(c.matrix, damping_for(damping, c.matrix.scale, gradient), c.finite, m, groups)
@@ -182,8 +188,10 @@ class Hessian(Curvature):
         step = inverse(gradient)
         return CurvatureStep(step, d, matrix.matrix, matrix.extremes, zero_hessian=zero, finiteness=finiteness)
 
-    def _fall_back(self, gradient: Tensor, damping: Damping, reason: str, ranks: Ranks, groups: int) -> CurvatureStep:
-        result = self._fisher.step(gradient, None, damping, ranks, groups)
+    def _fall_back(
+        self, gradient: Tensor, damping: Damping, reason: str, ranks: Ranks, groups: int, live: Tensor | None
+    ) -> CurvatureStep:
+        result = self._fisher.step(gradient, None, damping, ranks, groups, live=live)
         result.fallback = reason
         return result
 

@@ -138,8 +138,8 @@ def mean_hessian(
 
 def _averaged(summed: Tensor, kind: type, batch: Batch, mean: RunningMean) -> MeanHessian:
     """The running mean of the batches' means. A zero Hessian is replaced by the batch's Fisher."""
-    n, m = batch.gradient.shape
-    c = batch.ranks.mean(summed, n // batch.groups)
+    m = batch.gradient.shape[1]
+    c = batch.ranks.mean(summed, batch.samples_of_groups)
     zero = (c == 0).all()
     # One process with a small C forms the Fisher in any case and does not wait for the device. Several ranks wait and
     # look first: the Fisher is another all-reduce. So do large C, whose Fisher is work.
@@ -153,7 +153,7 @@ def _sketched(hessians: SampleHessians, summed: Tensor | None, batch: Batch, mea
     """The sketch of the running mean of C, which is the running mean of W C."""
     probes = probes_for(batch.gradient)
     summed = hessians.probe_sum(batch.gradient, probes) if summed is None else summed
-    products = batch.ranks.mean(summed, batch.gradient.shape[0])
+    products = batch.ranks.mean(summed, batch.samples)
     zero = (products == 0).all()
     if bool(zero):
         return MeanHessian(None, None, zero)
@@ -164,7 +164,7 @@ def _low_rank(rank_one: DiagonalRankOne, batch: Batch, mean: RunningMean) -> Mea
     """``diag(mean d) - P' W P``, rescaled to the running mean of its scale as in ``EmpiricalFisher._push_through``."""
     ranks = batch.ranks
     weight, vector = rank_one.second_term()
-    diagonal = ranks.mean(rank_one.diagonal.sum(0), batch.gradient.shape[0])
+    diagonal = ranks.mean(rank_one.diagonal.sum(0), batch.samples)
     rows, _ = ranks.rows(vector)
     weight = ranks.rows(weight.unsqueeze(-1))[0].squeeze(-1) if ranks.many else weight
     norms = weight.abs() * torch.linalg.vecdot(rows, rows)
@@ -173,7 +173,8 @@ def _low_rank(rank_one: DiagonalRankOne, batch: Batch, mean: RunningMean) -> Mea
     factor = diagonal.new_full((), -1.0)
     if bool(zero):  # the batch's Fisher takes its place
         rows, weight, factor = ranks.rows(batch.gradient)[0], torch.ones_like(weight), -factor
-    c = DiagonalLowRank(diagonal, rows, (weight / len(rows)).sqrt(), factor)
+    samples = len(rows) if batch.live is None else ranks.sum(batch.live)
+    c = DiagonalLowRank(diagonal, rows, (weight / samples).sqrt(), factor)
     if not batch.averages:
         return MeanHessian(c, finite, zero)
     own = c.scale()

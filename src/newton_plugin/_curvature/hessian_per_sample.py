@@ -57,7 +57,7 @@ def per_sample_step(
         mean: the running mean of the scale.
     """
     gradient, damping, ranks = batch.gradient, batch.damping, batch.ranks
-    n, m = gradient.shape
+    m = gradient.shape[1]
     rank_one = hessians.diagonal_rank_one if m > SHOWN_FEATURES else None
     if rank_one is not None:
         dense = product = None
@@ -75,7 +75,7 @@ def per_sample_step(
     if first is not None:  # H_i g_i, which is zero where g_i is, whatever H_i
         zero = zero & ~ranks.all((squared == 0).all())
     scales = torch.where(zero, squared / m**0.5, scales)
-    d = damping_for(damping, lambda: batch.averaged(mean, ranks.mean(scales.sum(), n)), gradient)
+    d = damping_for(damping, lambda: batch.averaged(mean, ranks.mean(scales.sum(), batch.samples)), gradient)
     if dense is not None:
         return _formed(dense, gradient, d, power, zero, finite)
     # Where all Hessians are zero: Fisher, (g g' + d I)^-p g.

@@ -37,7 +37,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.damping import Averaging, Damping
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.overriding import arguments_of, holds
 from newton_plugin._derivatives.sample_hessians import HVP
@@ -116,12 +116,14 @@ class Curvature(ABC):
     refresh_every: int = 1
     takes_ranks: ClassVar[bool] = False
     takes_weight: ClassVar[bool] = False
+    takes_live: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # What step() is given beyond its first three arguments: read once, where the class is defined.
         super().__init_subclass__(**kwargs)
         arguments = arguments_of(cls.step)
         cls.takes_ranks = "ranks" in arguments
+        cls.takes_live = "live" in arguments
         cls.takes_weight = "weight" in arguments and holds(cls, "streams", "step")
 
     @abstractmethod
@@ -137,10 +139,12 @@ class Curvature(ABC):
         A method with an argument of one of these names gets it too:
 
         * ``ranks``: the processes that share the batch. ``ranks.mean(total, N)`` is the sum of ``total`` over the
-          processes, divided by the sum of their N. A curvature without this argument works in one process, or with
+          processes, divided by the sum of their N; N is a number or a tensor. A curvature without this argument works in one process, or with
           sync=False.
         * ``groups``, which structure "block" has to take: T, where the rows are those of T positions in each sample,
           (N T, m), sample by sample.
+        * ``live``: the number of rows that have a gradient, no dimensions; None: all. Others belong to samples that the
+          loss ignores, and should not count in a mean over samples. The gradients are scaled for these samples alone.
         * ``weight``, if the class that defines this method, or a subclass, also defines a :meth:`streams` that answers
           True. It gets the rows as they arrived, ``w g_i`` in the outputs' dtype, and w, no dimensions (None: 1); it
           returns ``w step_i``, in the same dtype.
@@ -153,6 +157,10 @@ class Curvature(ABC):
     def streams(self, gradient: Tensor) -> bool:
         """Whether the next step takes these rows in their own dtype, with their weight; see :meth:`step`."""
         return False
+
+    def averaging(self, damping: Damping) -> Averaging:
+        """How this curvature averages over batches with such a damping."""
+        return damping.averaging
 
     def state_dict(self) -> dict[str, Any]:
         """The running state as plain types and tensors; empty by default."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from newton_plugin._curvature.damping import AutoDamping, BatchRelative, Damping
+from newton_plugin._curvature.damping import AutoDamping, Averaging, BatchRelative, Damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
 from newton_plugin._curvature.protocol import HVP, CurvatureStep
 from newton_plugin._errors import check_positive
@@ -41,8 +41,14 @@ class SoftNormalization(EmpiricalFisher):
         ranks: Ranks = ONE_PROCESS,
         groups: int = 1,
         weight: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
-        relative = isinstance(damping, AutoDamping)
-        own = BatchRelative(self.c * gradient.shape[1]) if relative else damping
-        return super().step(gradient, hvp, own, ranks, 1, weight)
+        return super().step(gradient, hvp, self._own(damping, gradient.shape[1]), ranks, 1, weight, live)
+
+    def averaging(self, damping: Damping) -> Averaging:
+        """See :meth:`Curvature.averaging`. Relative to the batch alone, unless a damping of another kind is given."""
+        return self._own(damping, 1).averaging
+
+    def _own(self, damping: Damping, features: int) -> Damping:
+        return BatchRelative(self.c * features) if isinstance(damping, AutoDamping) else damping

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node
 
-from newton_plugin._boundary.autograd_graph import Boundary, differentiable_once, elements_between
+from newton_plugin._boundary.autograd_graph import Boundary, Edge, differentiable_once, elements_between
 from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.sample_hessians import HessianUnavailable, SampleHessians
 from newton_plugin._errors import NoGradientError
@@ -18,16 +20,21 @@ from newton_plugin._runtime.fabric import past_fabrics_guard
 
 __all__ = [
     "Gradients",
+    "Parts",
     "Probing",
     "Scaling",
     "SinglePassError",
     "hessian_products",
     "loss_gradients",
     "no_second_pass",
+    "own_parts",
 ]
 
 Scaling = Literal["mean", "sum", "per_row"]
 """How the gradient that arrives at the loss is spread over its samples."""
+
+Parts = list[list[list[Tensor | None]]]
+"""What each consumer of each boundary sends there, at each of its positions."""
 
 
 class SinglePassError(NoGradientError):
@@ -54,18 +61,22 @@ class Gradients:
     Attributes:
         gradients: per-sample gradients at each boundary, in its shape.
         upstream: what arrives at each observed operation.
+        parts: what the consumers sent, times ``seed``.
+        seed: with which the pass began.
         cause: why ``gradients`` cannot be differentiated again; empty if they can or if nobody asked.
     """
 
     gradients: list[Tensor]
     upstream: list[Tensor | None]
+    parts: Parts
+    seed: float
     cause: str = ""
 
 
 def loss_gradients(
     loss: Tensor,
     boundaries: Sequence[Boundary],
-    layouts: Sequence[RowLayout],
+    samples: Sequence[int],
     scaling: Scaling,
     observed: Sequence[Node | None],
     twice: bool,
@@ -79,7 +90,7 @@ def loss_gradients(
     Args:
         loss: one number, or one for each row of a single boundary.
         boundaries: where outputs meet the loss.
-        layouts: between the outputs of each boundary and their rows.
+        samples: N, of each boundary.
         scaling: how the reported loss is made of its samples.
         observed: for each boundary an operation whose incoming gradient is wanted, or None.
         twice: whether the gradients will be differentiated again.
@@ -89,27 +100,23 @@ def loss_gradients(
         SinglePassError: the backward that torch.compile has made can run once, and the user needs it. Nothing has been
             computed then, and the graph is as it was.
     """
-    seed = max(layout.rows for layout in layouts) if scaling == "mean" else 1
+    seed = max(samples) if scaling == "mean" else 1
     if loss.dtype in (torch.float16, torch.bfloat16):
         seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
-    upstream: list[Tensor | None] = [None] * len(boundaries)
     cause = ""
     try:
-        raw, changed = _differentiate(loss, seed, boundaries, observed, upstream, twice)
+        passed = _differentiate(loss, seed, boundaries, observed, twice)
     except (torch.OutOfMemoryError, SinglePassError):
         raise
     except RuntimeError as error:
         if not twice:
             raise
-        (raw, changed), cause = (
-            _differentiate(loss, seed, boundaries, observed, upstream, False),
-            _first_line(error),
-        )
-    if twice and not verified and changed():  # waits for the device
+        passed, cause = _differentiate(loss, seed, boundaries, observed, False), _first_line(error)
+    if twice and not verified and passed.changed():  # waits for the device
         cause = "a hook on the outputs changes their gradient, and would change the Hessian's columns as well"
-    gradients = []
-    for k, (value, boundary, layout) in enumerate(zip(raw, boundaries, layouts, strict=True)):
-        factor = layout.rows / seed if scaling == "mean" and layout.rows != seed else 1.0
+    gradients, upstream = [], passed.upstream
+    for k, (value, boundary, n) in enumerate(zip(passed.gradients(), boundaries, samples, strict=True)):
+        factor = n / seed if scaling == "mean" and n != seed else 1.0
         if value is None:
             gradients.append(torch.zeros(boundary.shape, dtype=boundary.dtype, device=boundary.device))
         else:
@@ -117,7 +124,93 @@ def loss_gradients(
         arrived = upstream[k]
         if arrived is not None and factor != 1:
             upstream[k] = arrived * factor
-    return Gradients(gradients, upstream, cause)
+    return Gradients(gradients, upstream, passed.sent, seed, cause)
+
+
+def own_parts(
+    loss: Tensor, boundaries: Sequence[Boundary], observed: Sequence[Node | None]
+) -> tuple[Parts, list[Tensor | None]]:
+    """What the loss alone sends to its boundaries for a loss gradient of 1, and what arrives at ``observed``.
+
+    Raises:
+        SinglePassError: see :func:`loss_gradients`.
+    """
+    # The pass ends above the consumers, which are called by hand: a hook that a user has on the outputs does not fire.
+    nodes = {node: None for boundary in boundaries for node, _ in boundary.consumers}
+    nodes.update((node, None) for node in observed if node is not None)
+    edges = [(node, index) for node in nodes for index in range(len(node._input_metadata))]  # type: ignore[attr-defined]
+    with torch.enable_grad(), past_fabrics_guard(), _naming_donated_buffers():
+        into = torch.autograd.grad(
+            loss, [GradientEdge(*edge) for edge in edges], torch.ones_like(loss), retain_graph=True, allow_unused=True
+        )
+    arrived = dict(zip(edges, into, strict=True))
+    with torch.no_grad():
+        parts = [[_sent_by(node, positions, arrived) for node, positions in b.consumers] for b in boundaries]
+    return parts, [None if node is None else arrived[node, 0] for node in observed]
+
+
+def _sent_by(node: Node, positions: Sequence[int], arrived: Mapping[Edge, Tensor | None]) -> list[Tensor | None]:
+    """What one operation makes of what arrives at it."""
+    into = [arrived[node, index] for index in range(len(node._input_metadata))]  # type: ignore[attr-defined]
+    if all(grad is None for grad in into):
+        return [None] * len(positions)
+    sent: Any = node.apply(*into) if isinstance(node, BackwardCFunction) else node(*into)  # type: ignore[operator]
+    sent = sent if isinstance(sent, tuple) else (sent,)
+    return [sent[position] for position in positions]
+
+
+@contextmanager
+def _naming_donated_buffers() -> Iterator[None]:
+    """Inside, torch's error about a backward that can run only once says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            raise SinglePassError(
+                "torch.compile has made a backward of this loss that runs once (donated buffers): there is no double "
+                "backward through it, and no pass of its own for a step that needs one. Compile the network and not "
+                "the loss, or set torch._functorch.config.donated_buffer = False before it is compiled."
+            ) from error
+        raise
+
+
+@dataclass
+class _Pass:
+    """What one pass over a loss has brought.
+
+    Attributes:
+        returned: what autograd returned for each boundary.
+        sent: what the consumers sent.
+        upstream: what arrived at the observed operations.
+    """
+
+    returned: Sequence[Tensor | None]
+    sent: Parts
+    upstream: list[Tensor | None]
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of each boundary, as the loss's own operations sent it.
+
+        What autograd returns for the boundary has passed the hooks that a user may have put on that tensor: they fire
+        in every backward pass. They belong below the loss and see the step later.
+        """
+        return [r if s is None else s for r, s in zip(self.returned, map(_total, self.sent), strict=True)]
+
+    def changed(self) -> bool:
+        """Whether such hooks have changed what autograd returned."""
+        pairs = [(r, s) for r, s in zip(self.returned, map(_total, self.sent), strict=True)]
+        return any(
+            r is not None and s is not None and not torch.allclose(r, s, rtol=1e-3, equal_nan=True) for r, s in pairs
+        )
+
+
+def _total(parts: Sequence[Sequence[Tensor | None]]) -> Tensor | None:
+    """The sum of what the consumers of one boundary sent; None if they sent nothing."""
+    total: Tensor | None = None
+    for part in (part for consumer in parts for part in consumer):
+        if part is not None:
+            total = part if total is None else total + part
+    return total
 
 
 def _differentiate(
@@ -125,25 +218,15 @@ def _differentiate(
     seed: float,
     boundaries: Sequence[Boundary],
     observed: Sequence[Node | None],
-    upstream: list[Tensor | None],
     create_graph: bool,
-) -> tuple[list[Tensor | None], Callable[[], bool]]:
-    """``seed * d loss / d boundary``, as the loss's own operations send it; fills ``upstream``.
+) -> _Pass:
+    """``seed * d loss / d boundary``."""
+    sent: Parts = [[[None] * len(positions) for _, positions in b.consumers] for b in boundaries]
+    upstream: list[Tensor | None] = [None] * len(boundaries)
 
-    What autograd returns for the boundary has passed the hooks that a user may have put on that tensor: they fire in
-    every backward pass. They belong below the loss and see the step later. So the gradient is recorded before them.
-
-    Returns:
-        the gradients, and a function that tells whether such hooks have changed what autograd returned.
-    """
-    sent: list[Tensor | None] = [None] * len(boundaries)
-
-    def record_sent(which: int, positions: Sequence[int]) -> Callable[[Any, Any], None]:
+    def record_sent(parts: list[Tensor | None], positions: Sequence[int]) -> Callable[[Any, Any], None]:
         def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> None:
-            for position in positions:
-                grad, before = grad_inputs[position], sent[which]
-                if grad is not None:
-                    sent[which] = grad if before is None else before + grad
+            parts[:] = [grad_inputs[position] for position in positions]
 
         return hook
 
@@ -154,13 +237,13 @@ def _differentiate(
         return hook
 
     handles = [
-        node.register_hook(record_sent(which, positions))
+        node.register_hook(record_sent(sent[which][number], positions))
         for which, boundary in enumerate(boundaries)
-        for node, positions in boundary.consumers
+        for number, (node, positions) in enumerate(boundary.consumers)
     ]
     handles += [node.register_hook(record_arrived(which)) for which, node in enumerate(observed) if node is not None]
     try:
-        with torch.enable_grad(), past_fabrics_guard():
+        with torch.enable_grad(), past_fabrics_guard(), _naming_donated_buffers():
             returned = torch.autograd.grad(
                 loss,
                 [b.edge for b in boundaries],
@@ -169,23 +252,10 @@ def _differentiate(
                 create_graph=create_graph,
                 allow_unused=True,
             )
-    except RuntimeError as error:
-        if "donated buffers" in str(error):
-            raise SinglePassError(
-                "torch.compile has made a backward of this loss that runs once (donated buffers): there is no double "
-                "backward through it, and no pass of its own for a step that needs one. Compile the network and not "
-                "the loss, or set torch._functorch.config.donated_buffer = False before it is compiled."
-            ) from error
-        raise
     finally:
         for handle in handles:
             handle.remove()
-
-    def changed() -> bool:
-        pairs = [(r, s) for r, s in zip(returned, sent, strict=True) if r is not None and s is not None]
-        return any(not torch.allclose(r, s, rtol=1e-3, equal_nan=True) for r, s in pairs)
-
-    return [r if s is None else s for r, s in zip(returned, sent, strict=True)], changed
+    return _Pass(returned, sent, upstream)
 
 
 def no_second_pass(cause: str) -> SampleHessians:
@@ -198,54 +268,74 @@ def no_second_pass(cause: str) -> SampleHessians:
 
 
 def hessian_products(
-    gradient: Tensor, boundary: Boundary, layout: RowLayout, probing: Probing, cause: str
+    gradients: Sequence[Tensor],
+    boundaries: Sequence[Boundary],
+    layouts: Sequence[RowLayout],
+    probing: Probing,
+    cause: str,
+    factor: Tensor | None = None,
 ) -> SampleHessians:
-    """Products by differentiating ``gradient`` again.
+    """Products by differentiating ``gradients`` again.
 
     Args:
-        gradient: of the loss at the boundary, in its shape, with its graph.
-        boundary: where it was taken.
-        layout: between the outputs and their rows.
+        gradients: of the loss at each boundary of one layer, in its shape, with its graph.
+        boundaries: where they were taken: one, or all calls of the layer, whose rows follow one another.
+        layouts: between the outputs and their rows.
         probing: what is known of this loss; learns.
-        cause: why ``gradient`` cannot be differentiated; empty if it can.
+        cause: why ``gradients`` cannot be differentiated; empty if they can.
+        factor: what all products are multiplied by, no dimensions; None: 1.
     """
+    inputs = [boundary.edge for boundary in boundaries]
+    sizes = [layout.rows for layout in layouts]
 
-    def run(probes: Tensor, batched: bool) -> Tensor:
+    def run(probes: Sequence[Tensor], batched: bool) -> list[Tensor]:
+        pairs = [(g, probe) for g, probe in zip(gradients, probes, strict=True) if g.requires_grad]
         with past_fabrics_guard():
-            (product,) = torch.autograd.grad(
-                gradient, boundary.edge, probes, is_grads_batched=batched, retain_graph=True, allow_unused=True
+            products = torch.autograd.grad(
+                [g for g, _ in pairs],
+                inputs,
+                [probe for _, probe in pairs],
+                is_grads_batched=batched,
+                retain_graph=True,
+                allow_unused=True,
             )
-        return torch.zeros_like(probes) if product is None else product
+        return [torch.zeros_like(v) if p is None else p for v, p in zip(probes, products, strict=True)]
+
+    def in_rows(parts: Sequence[Tensor]) -> Tensor:
+        found = [layout.to_rows(part) for layout, part in zip(layouts, parts, strict=True)]
+        rows = found[0] if len(found) == 1 else torch.cat(found, -2)
+        return rows if factor is None else rows * factor.to(rows.dtype)
 
     def hvp(vectors: Tensor) -> Tensor:
-        if cause or not gradient.requires_grad:
+        if cause or not any(g.requires_grad for g in gradients):
             raise HessianUnavailable(
                 cause
                 or "the gradient does not depend on the outputs (a piecewise linear loss, or one that is "
                 "differentiable only once)"
             )
         if not probing.verified:
-            if differentiable_once(gradient):
+            if any(differentiable_once(g) for g in gradients):
                 raise HessianUnavailable("an operation of the loss is differentiable only once")
             probing.verified = True
-        probes = layout.from_rows(vectors).to(gradient.dtype)
+        split = [vectors] if len(sizes) == 1 else vectors.split(sizes, -2)
+        probes = [layout.from_rows(part).to(g.dtype) for layout, part, g in zip(layouts, split, gradients, strict=True)]
         if probing.batched:
             try:
-                return layout.to_rows(run(probes, True)).to(vectors)
+                return in_rows(run(probes, True)).to(vectors)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 probing.batched = False  # an operation without a batching rule: one probe at a time
         try:
-            products = torch.stack([run(probe, False) for probe in probes])
+            each = [run(probe, False) for probe in zip(*probes, strict=True)]
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise HessianUnavailable(_first_line(error)) from error
-        return layout.to_rows(products).to(vectors)
+        return in_rows([torch.stack(part) for part in zip(*each, strict=True)]).to(vectors)
 
-    at = boundary.graph_edge
-    return SampleHessians(hvp, elements=lambda: elements_between(gradient, at))
+    at = boundaries[0].graph_edge
+    return SampleHessians(hvp, elements=lambda: sum(elements_between(g, at) for g in gradients))
 
 
 def _first_line(error: Exception) -> str:

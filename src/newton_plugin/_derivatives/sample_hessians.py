@@ -12,7 +12,7 @@ curvature uses what there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,28 @@ class SampleHessians:
             return torch.einsum("nij,knj->kni", blocks().to(vectors), vectors)
 
         return SampleHessians(products, blocks=blocks, independent=True)
+
+    @staticmethod
+    def joined(parts: Sequence[SampleHessians], rows: Sequence[int]) -> SampleHessians:
+        """Those of several sets of samples, which follow one another; they do not depend on one another.
+
+        Args:
+            parts: of each set, in closed form.
+            rows: its number of samples.
+        """
+        if len(parts) == 1:
+            return parts[0]
+
+        def products(vectors: Tensor) -> Tensor:
+            return torch.cat([part(v) for part, v in zip(parts, vectors.split(list(rows), -2), strict=True)], -2)
+
+        rank_one = [part.diagonal_rank_one for part in parts if part.diagonal_rank_one is not None]
+        if len(rank_one) == len(parts):
+            return SampleHessians.of_rank_one(DiagonalRankOne.joined(rank_one))
+        if all(part.known for part in parts):
+            blocks = [_blocks_of(part) for part in parts]
+            return SampleHessians(products, blocks=lambda: torch.cat([make() for make in blocks]), independent=True)
+        return SampleHessians(products, independent=all(part.independent for part in parts))
 
     @property
     def known(self) -> bool:
@@ -168,3 +190,10 @@ class SampleHessians:
             budget = _GRAPH_ELEMENTS if gradient.device.type == "cpu" else _GRAPH_ELEMENTS_OF_DEVICES
             most = min(most, budget // max(1, self.elements()))
         return max(1, most)
+
+
+def _blocks_of(hessians: SampleHessians) -> Callable[[], Tensor]:
+    if hessians.blocks is not None:
+        return hessians.blocks
+    assert hessians.diagonal_rank_one is not None
+    return hessians.diagonal_rank_one.dense

@@ -54,4 +54,5 @@ def _mean_squares(rule: StepRule) -> tuple[float, float]:
     count = max(1, last.step.shape[0])
     verdict = last.finiteness.taken
     kept_gradient = verdict is not None and not bool(verdict)
-    return float(squared) / count, float(squared if kept_gradient else stepped) / count
+    factor = 1.0 if rule.last_factor is None else float(rule.last_factor) ** 2
+    return float(squared) / count, float(squared if kept_gradient else stepped * factor) / count

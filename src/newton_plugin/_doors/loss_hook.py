@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,23 +18,22 @@ from torch import Tensor, nn
 
 from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1, reduction_of
 from newton_plugin._boundary.finder import Cut, free_boundaries
-from newton_plugin._boundary.rows import layout_of
 from newton_plugin._boundary.search import BoundarySearch
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
+from newton_plugin._doors.found import FoundBoundary, describe_boundaries, found_boundaries
+from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
 from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoBoundaryError, NoGradientError, ShapeError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._step.ends import layout_at
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.rule import OnNonfinite, StepRule
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.sharing import Sharing
 
 __all__ = ["LossHook"]
-
-# The running states are kept by the boundary's name and width. Outputs whose width changes all the time (sequences)
-# would collect them without end, so the oldest are given up.
-_MAX_STATES = 64
 
 _NOT_FOUND = "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
 _COMPILED = (
@@ -98,7 +98,11 @@ class LossHook:
         self.boundary = boundary
         self._search = BoundarySearch(boundary)
         self._rules: dict[str, StepRule] = {}
+        self._plain_rule = self._settings.build()
         self._used: list[StepRule] = []
+        self._names = LayerNames()
+        self._sharing: dict[tuple[str, ...], Sharing] = {}
+        self._found: tuple[FoundBoundary, ...] = ()
         self._found_once = False
         self._skipped = 0
         self._reported: set[str] = set()
@@ -107,11 +111,32 @@ class LossHook:
 
     def __repr__(self) -> str:
         parts = [self._settings.describe()] + [f"boundary={self.boundary!r}"] * (self.boundary != "auto")
-        return f"LossHook({', '.join(filter(None, parts))})"
+        found = f"  # {describe_boundaries(self._found)}" if self._found else ""
+        return f"LossHook({', '.join(filter(None, parts))}){found}"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps settings and running state; it is attached to no module and knows no last batch."""
-        return {**self.__dict__, "_search": BoundarySearch(self.boundary), "_used": []}
+        fresh = {
+            "_search": BoundarySearch(self.boundary),
+            "_used": [],
+            "_names": LayerNames(),
+            "_sharing": {},
+            "_found": (),
+        }
+        return {**self.__dict__, **fresh}
+
+    @property
+    def boundaries(self) -> tuple[FoundBoundary, ...]:
+        """Where the last loss ended: for each boundary its name, shape, samples, features, curvature and damping.
+
+        What the loss reaches beside them is in ``beside`` of each, what was passed over in ``left_out``. Empty before
+        the first loss.
+        """
+        return self._found
+
+    def describe(self) -> str:
+        """The same in one line, for a log."""
+        return describe_boundaries(self._found)
 
     def attach(self, module: nn.Module) -> None:
         """Tell the hook the model, so that names mean something; registers forward hooks on named submodules.
@@ -157,26 +182,36 @@ class LossHook:
         _check_graph(loss)
         if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
-        boundaries = free_boundaries(loss, self._find_on_every_rank(loss))
+        cut = self._find_on_every_rank(loss)
+        boundaries = free_boundaries(loss, cut.boundaries)
         if boundaries:
-            self._used = self._rules_of(boundaries, name)
-            precondition(loss, boundaries, self._used, self._settings)
+            keys = self._keys_of(boundaries, name)
+            self._used = [self._rule(key) for key in keys]
+            sharing = self._sharing.setdefault(tuple(keys), Sharing())
+            precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
+            if sharing.unnoticed:
+                self._report(
+                    "newton_plugin: another term of the backward pass uses operations of the hooked loss, and did not "
+                    f"at first. At up to {sharing.unnoticed} steps its gradient may have been taken for the loss's "
+                    "own; from now on the two are kept apart."
+                )
+            self._found = found_boundaries(boundaries, self._used, self._settings, cut.beside, cut.left_out)
             self._found_once = True
         return loss
 
-    def _find_on_every_rank(self, loss: Tensor) -> list[Boundary]:
+    def _find_on_every_rank(self, loss: Tensor) -> Cut:
         """:meth:`_find`. A rank without boundaries tells the other ranks, which would wait for its part of the mean."""
         ranks = current_ranks(self._settings.sync)
         try:
-            boundaries = self._find(loss)
+            cut = self._find(loss)
         except NewtonPluginError as error:
             ranks.agree(f"{type(error).__name__}: {error}")
             raise
-        if not boundaries:
+        if not cut.boundaries:
             ranks.agree("no boundary")
-        return boundaries
+        return cut
 
-    def _find(self, loss: Tensor) -> list[Boundary]:
+    def _find(self, loss: Tensor) -> Cut:
         """The boundaries of the loss. What is doubtful about them is reported; what cannot be used is an error."""
         cut = self._search(loss)
         if cut.hidden:
@@ -189,7 +224,7 @@ class LossHook:
             )
         self._report_doubts(cut, loss)
         if cut.preconditioned:
-            return []
+            return replace(cut, boundaries=[])
         if not cut.boundaries:
             self._none_found(cut, loss)
         if not self._found_once and any(is_output_of_fsdp1(b.graph_edge) for b in cut.boundaries):
@@ -198,7 +233,7 @@ class LossHook:
                 "backward pass for the network's. Give the loss a copy, loss_fn(model(x).clone(), ...), or use "
                 "torch.distributed.fsdp.fully_shard (FSDP2), which needs nothing."
             )
-        return cut.boundaries
+        return cut
 
     def _report_doubts(self, cut: Cut, loss: Tensor) -> None:
         assert loss.grad_fn is not None
@@ -241,20 +276,36 @@ class LossHook:
             self._reported.add(cause)
             warnings.warn(message, UserWarning, stacklevel=5)
 
-    def _rules_of(self, boundaries: Sequence[Boundary], loss: str) -> list[StepRule]:
-        """The rule of each boundary, with its running state; a layer that is called twice in one loss has two."""
+    def _keys_of(self, boundaries: Sequence[Boundary], loss: str) -> list[str]:
+        """Which running state each boundary has: one for each layer. Calls of one layer in one loss share it."""
         keys: list[str] = []
+        callers: dict[str, Hashable] = {}
         for boundary in boundaries:
-            width = layout_of(boundary.shape, self._settings.features).features
-            key = f"{loss}/{boundary.name}:{width}" if loss else f"{boundary.name}:{width}"
-            times = sum(k.partition("#")[0] == key for k in keys)
-            keys.append(f"{key}#{times + 1}" if times else key)
-        return [self._rule(key) for key in keys]
+            layout = layout_at(boundary, self._settings)
+            key = self._names.of(boundary.layer, boundary.name)
+            if self._by_width:
+                key += f":{layout.features}"
+            if loss:
+                key = f"{loss}/{key}"
+            # Structure "block" has a C for each position, so calls of different lengths are told apart as well.
+            caller = None if boundary.layer is None else (boundary.layer, layout.features, layout.groups)
+            if key in callers and (caller is None or callers[key] != caller):
+                key = f"{key}#{1 + sum(k.partition('#')[0] == key for k in callers)}"
+            callers[key] = caller
+            keys.append(key)
+        return keys
+
+    @property
+    def _by_width(self) -> bool:
+        """Whether C has another shape for outputs of another width, so that each width has its own."""
+        curvature = self._plain_rule.curvature
+        return curvature.structure not in ("isotropic", "per_sample") or curvature.refresh_every > 1
 
     def _rule(self, key: str) -> StepRule:
         if key not in self._rules:
-            while len(self._rules) >= _MAX_STATES:
+            while len(self._rules) >= MAX_LAYERS:  # outputs whose width changes all the time
                 self._rules.pop(next(iter(self._rules)))
+                self._sharing.clear()
             self._rules[key] = self._settings.build()
         return self._rules[key]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, Literal
@@ -16,10 +17,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary.autograd_graph import edge_of, explore, is_preconditioned, make_boundary
+from newton_plugin._boundary.autograd_graph import (
+    Boundary,
+    Edge,
+    edge_of,
+    explore,
+    is_leaf,
+    is_preconditioned,
+    make_boundary,
+)
+from newton_plugin._boundary.beside import beside
+from newton_plugin._boundary.owner import owner_of
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
+from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
@@ -32,8 +44,10 @@ __all__ = ["NewtonLoss", "newton_loss"]
 class NewtonLoss(nn.Module):
     """A loss function whose backward pass sends the Newton step in place of the gradient.
 
-    Calls go through to ``loss_fn`` and return its value, exactly. Other differentiable arguments keep their plain
-    gradients. Under ``torch.no_grad()``, and in ``eval()`` mode, it is ``loss_fn``.
+    Calls go through to ``loss_fn`` and return its value, exactly. Where one wrapped loss serves several layers, each
+    layer has a curvature of its own. What else ``loss_fn`` can reach (other arguments, its own parameters) takes no
+    step; with a relative damping its gradient is multiplied by the size of the step, so that no term of the loss comes
+    to count more than another. Under ``torch.no_grad()``, and in ``eval()`` mode, it is ``loss_fn``.
 
     Args:
         loss_fn: a function or module that returns one number, or one for each sample.
@@ -70,6 +84,8 @@ class NewtonLoss(nn.Module):
         self._outputs = _check_outputs(outputs)
         self._rules: dict[str, StepRule] = {}
         self._used: list[StepRule] = []
+        self._names = LayerNames()
+        self._others_reported = False
         self._clones: WeakKeyDictionary[Any, NewtonLoss] = WeakKeyDictionary()
         if not isinstance(loss_fn, nn.Module):
             functools.update_wrapper(self, loss_fn, updated=())  # type: ignore[arg-type]
@@ -93,6 +109,7 @@ class NewtonLoss(nn.Module):
                 args, kwargs = _replaced(args, kwargs, y, named[name])
         edges = {name: edge_of(y) for name, y in named.items()}
         arguments = {edge_of(tensor) for tensor in _differentiable(args, kwargs)}
+        self._report_others(arguments - set(edges.values()))
         loss = self.loss_fn(*args, **kwargs)
         if not isinstance(loss, Tensor) or loss.grad_fn is None:
             raise NoGradientError(
@@ -113,8 +130,8 @@ class NewtonLoss(nn.Module):
                     f"{boundary.shape}. Name the argument that holds the model's outputs, outputs=...."
                 )
         if boundaries:
-            rules = self._used = [self._rule(b.name) for b in boundaries]
-            precondition(loss, boundaries, rules, self._settings)
+            rules = self._used = [self._rule(key) for key in self._keys_of(boundaries)]
+            precondition(loss, boundaries, rules, self._settings, bool(beside(loss.grad_fn, boundaries)))
         return loss
 
     def diagnostics(self) -> dict[str, float]:
@@ -125,7 +142,33 @@ class NewtonLoss(nn.Module):
     def _loss_name(self) -> str:
         return getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
 
+    def _keys_of(self, boundaries: Sequence[Boundary]) -> list[str]:
+        """Which running state each argument has: that of the layer that made it. Calls of one layer share theirs."""
+        owners = [owner_of(boundary.graph_edge) for boundary in boundaries]
+        keys = []
+        for k, (boundary, owner) in enumerate(zip(boundaries, owners, strict=True)):
+            # Two parts of what one call returned are not two calls.
+            parts = any(j != k and owner.calls & other.calls for j, other in enumerate(owners))
+            layer = (owner.parameters, boundary.name) if parts else owner.parameters
+            keys.append(self._names.of(layer if owner.parameters else None, boundary.name))
+        return keys
+
+    def _report_others(self, others: set[Edge]) -> None:
+        """Warn once of arguments that a layer has made and at which no step is taken."""
+        if self._others_reported or all(is_leaf(node) for node, _ in others):
+            return
+        self._others_reported = True
+        warnings.warn(
+            f"newton_plugin: {self._loss_name} was called with other arguments that require grad than "
+            f"outputs={self._outputs}. No step is taken there; they get the loss's gradient in the size of its step. "
+            "Name all arguments that are outputs of the model, outputs=(0, 1), or detach what is none.",
+            UserWarning,
+            stacklevel=6,
+        )
+
     def _rule(self, name: str) -> StepRule:
+        while name not in self._rules and len(self._rules) >= MAX_LAYERS:
+            self._rules.pop(next(iter(self._rules)))
         if name not in self._rules:
             self._rules[name] = self._settings.build()
         return self._rules[name]

@@ -97,13 +97,13 @@ def newton_step(
     graph = explore(loss.grad_fn, edge.__eq__) if loss.grad_fn is not None else LossGraph()
     boundary = make_boundary("outputs", edge, graph)
     rule = settings.build()
-    (taken,), _ = take_steps(loss, [boundary], [rule], settings)
+    (taken,) = take_steps(loss, [boundary], [rule], settings)
     step = layout.from_rows(taken.step.to(outputs.dtype))
     last = rule.last
     return NewtonStep(
         step,
         outputs.detach() - step,
-        layout.from_rows(taken.gradient),
+        layout.from_rows(taken.gradient.to(outputs.dtype)),
         None if last is None else last.matrix,
         torch.zeros(()) if last is None else last.damping,
     )

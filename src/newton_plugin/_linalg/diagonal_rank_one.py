@@ -11,7 +11,7 @@ small, in Krylov spaces elsewhere. No loss of PyTorch with non-negative class we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,15 @@ class DiagonalRankOne:
         if self.weight is None or self.vector is None:
             return DiagonalRankOne(diagonal)
         return DiagonalRankOne(diagonal, self.weight.to(rows), self.vector.to(rows))
+
+    @staticmethod
+    def joined(parts: Sequence[DiagonalRankOne]) -> DiagonalRankOne:
+        """The matrices of several sets of samples, one set after another; all diagonals are (N_k, m)."""
+        diagonal = torch.cat([part.diagonal for part in parts])
+        if all(part.weight is None for part in parts):
+            return DiagonalRankOne(diagonal)
+        terms = [part.second_term() for part in parts]
+        return DiagonalRankOne(diagonal, torch.cat([a for a, _ in terms]), torch.cat([p for _, p in terms]))
 
     def second_term(self) -> tuple[Tensor, Tensor]:
         """a, (N,), and p, (N, m); zeros if there is no second term."""

@@ -36,8 +36,12 @@ class Ranks(Protocol):
         """Raise :class:`RanksDisagreeError` on every rank unless all ranks pass the same text."""
         ...
 
-    def mean(self, total: Tensor, count: int) -> Tensor:
+    def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         """The sum of ``total`` over the ranks, divided by the sum of ``count``."""
+        ...
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over the ranks."""
         ...
 
     def count(self, own: int) -> int:
@@ -65,8 +69,11 @@ class OneProcess:
     def agree(self, what: str) -> None:
         """Does nothing: there is no other rank."""
 
-    def mean(self, total: Tensor, count: int) -> Tensor:
+    def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         return total / count
+
+    def sum(self, value: Tensor) -> Tensor:
+        return value
 
     def count(self, own: int) -> int:
         return own
@@ -110,13 +117,21 @@ class ProcessGroup:
             "the ranks take different Newton steps, so their curvatures cannot be averaged: "
             + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
             + ". Name one boundary that every rank reaches, make features of equal size (feature_dims=-1 for "
-            "sequences of different length), or pass sync=False to give each rank the C of its own samples."
+            "sequences of different length), or pass sync=False to give each rank the C of its own samples (also under "
+            "torch.distributed.algorithms.Join, where a rank that has run out of data takes no steps)."
         )
 
-    def mean(self, total: Tensor, count: int) -> Tensor:
-        flat = torch.cat([total.reshape(-1), total.new_full((1,), count)])
+    def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
+        counts = count.to(total) if isinstance(count, Tensor) else total.new_full((), count)
+        flat = torch.cat([total.reshape(-1), counts.reshape(-1)])
         dist.all_reduce(flat)
-        return (flat[:-1] / flat[-1].clamp_min(1)).view_as(total)
+        summed, of = flat.split([total.numel(), counts.numel()])
+        return summed.view_as(total) / of.view_as(counts).clamp_min(1)
+
+    def sum(self, value: Tensor) -> Tensor:
+        summed = value.clone()
+        dist.all_reduce(summed)
+        return summed
 
     def count(self, own: int) -> int:
         counted = torch.tensor([own])

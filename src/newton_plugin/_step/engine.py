@@ -8,42 +8,49 @@ A step is made at one of two moments:
 
 * **In the backward pass** (:class:`StepInBackward`): a rule that needs no more than the loss's own gradient (Fisher; a
   Hessian in closed form) reads it as it passes, and differentiates nothing.
-* **At once**, by a separate pass over the loss: second derivatives; several processes (collectives inside a backward
-  pass might meet those of DDP in another order on each rank); half precision (a seed chosen here keeps gradients from
-  underflowing); losses of one number for each sample (whose weights may be zero); and ``on_nonfinite="raise"``.
+* **At once**, by a separate pass over the loss: second derivatives; one size for several boundaries (``size.py``); one
+  layer that is called several times; several processes (collectives inside a backward pass might meet those of DDP in
+  another order on each rank); half precision (a seed chosen here keeps gradients from underflowing); losses of one
+  number for each sample (whose weights may be zero); operations that other terms share (``sharing.py``); and
+  ``on_nonfinite="raise"``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from newton_plugin._boundary.autograd_graph import Boundary, mark_preconditioned
-from newton_plugin._boundary.rows import RowLayout, layout_of
+from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.autograd import (
+    Gradients,
+    Parts,
     Scaling,
     SinglePassError,
     hessian_products,
     loss_gradients,
     no_second_pass,
+    own_parts,
 )
-from newton_plugin._derivatives.closed_forms import ClosedForm, find_closed_form
+from newton_plugin._derivatives.closed_forms import ClosedForm
+from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._linalg.large_rows import inner_products, squared_norms
+from newton_plugin._runtime.processes import Ranks, current_ranks
+from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule
-from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward
+from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward, live_rows
 from newton_plugin._step.settings import RuleSettings
-from newton_plugin._step.splice import splice
+from newton_plugin._step.sharing import Sharing
+from newton_plugin._step.size import size_of
+from newton_plugin._step.splice import Flow, splice
 
 __all__ = ["BoundaryStep", "precondition", "take_steps"]
-
-Source = ClosedForm | Literal["products"] | None
-"""Where the second derivatives at a boundary come from; None: its rule asks for none."""
 
 
 @dataclass
@@ -52,138 +59,230 @@ class BoundaryStep:
 
     Attributes:
         layout: between the outputs and their rows.
-        gradient: per-sample gradients, rows (N, m), in the dtype of the outputs.
+        gradient: per-sample gradients, rows (N, m).
         step: rows (N, m), in the working dtype.
+        live: the number of samples of this layer in this loss: rows of all its calls that have a gradient.
     """
 
     layout: RowLayout
     gradient: Tensor
     step: Tensor
+    live: Tensor | int
+
+
+@dataclass
+class _Steps:
+    """The steps of one loss at all its boundaries.
+
+    Attributes:
+        steps: of each boundary.
+        scaling: how the loss is made of its samples.
+        parts: what the loss alone sends to its boundaries, times ``seed``.
+        seed: of the pass that brought them.
+        size: of the whole loss; None: 1.
+    """
+
+    steps: list[BoundaryStep]
+    scaling: Scaling
+    parts: Parts
+    seed: float
+    size: Tensor | None = None
 
 
 def take_steps(
     loss: Tensor, boundaries: Sequence[Boundary], rules: Sequence[StepRule], settings: RuleSettings
-) -> tuple[list[BoundaryStep], Scaling]:
+) -> list[BoundaryStep]:
     """The Newton step at each boundary of a live loss, at once.
 
     Args:
         loss: one number, or one for each row of a single boundary (an unreduced loss).
-        boundaries: where outputs meet the loss; each has a curvature of its own.
-        rules: one for each boundary.
+        boundaries: where outputs meet the loss.
+        rules: one for each boundary; boundaries with the same rule are calls of one layer.
         settings: reduction and feature dimensions.
     """
-    layouts = [layout_of(b.shape, settings.features) for b in boundaries]
-    return _compute_steps(loss, boundaries, layouts, _sources(loss, boundaries, layouts, rules), rules, settings)
+    return _compute_steps(loss, Ends.of(loss, boundaries, rules, settings), settings).steps
 
 
 def precondition(
-    loss: Tensor, boundaries: Sequence[Boundary], rules: Sequence[StepRule], settings: RuleSettings
+    loss: Tensor,
+    boundaries: Sequence[Boundary],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+    beside: bool = False,
+    sharing: Sharing | None = None,
 ) -> None:
-    """Make every backward pass through ``loss`` send the Newton step at each boundary; see :func:`take_steps`."""
+    """Make every backward pass through ``loss`` send the Newton step at each boundary; see :func:`take_steps`.
+
+    Args:
+        loss, boundaries, rules, settings: see :func:`take_steps`.
+        beside: whether the loss reaches parameters without passing a boundary.
+        sharing: what is known of other terms that use operations of this loss; None: there can be none.
+    """
     assert loss.grad_fn is not None
-    layouts = [layout_of(b.shape, settings.features) for b in boundaries]
-    sources = _sources(loss, boundaries, layouts, rules)
-    if "products" not in sources and _can_wait(loss, boundaries, layouts, settings):
-        senders = _in_backward(layouts, sources, rules, settings)
+    ends = Ends.of(loss, boundaries, rules, settings, beside)
+    shared = sharing is not None and sharing.read()
+    look = sharing if sharing is not None and sharing.due() and not shared else None
+    waits = _can_wait(loss, ends, settings)
+    if waits and not shared and "products" not in ends.sources:
+        senders, flow = _in_backward(loss, ends, settings, look)
     else:
         try:
-            steps, scaling = _compute_steps(loss, boundaries, layouts, sources, rules, settings)
-            senders = [ComputedStep(s.step, s.layout, scaling) for s in steps]
+            found = _compute_steps(loss, ends, settings)
+            senders = [ComputedStep(s.step, s.layout, s.live, found.scaling) for s in found.steps]
+            own = _scaled(found.parts, 1 / max(found.seed, 1)) if look or (shared and beside) else None
+            flow = Flow(found.size if beside else None, own, look, shared, beside)
         except SinglePassError as error:
-            if not _can_wait(loss, boundaries, layouts, settings):
+            if not waits:
                 raise
-            senders = _in_backward(layouts, sources, rules, settings, str(error))
-    splice(loss, boundaries, senders)
+            senders, flow = _in_backward(loss, ends, settings, None, str(error))
+    splice(loss, boundaries, senders, flow)
     mark_preconditioned(loss.grad_fn, [b.graph_edge for b in boundaries])
 
 
-def _sources(
-    loss: Tensor, boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], rules: Sequence[StepRule]
-) -> list[Source]:
-    """For each boundary: the closed form of the Hessian, if its rule asks for a Hessian and there is one."""
-    sources: list[Source] = []
-    for boundary, layout, rule in zip(boundaries, layouts, rules, strict=True):
-        closed_form = None
-        if loss.grad_fn is not None and rule.wants_closed_form(layout.features):
-            closed_form = find_closed_form(loss.grad_fn, boundary, layout)
-        products = closed_form is None and rule.wants_products(layout.features)
-        sources.append("products" if products else closed_form)
-    return sources
-
-
-def _can_wait(
-    loss: Tensor, boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], settings: RuleSettings
-) -> bool:
+def _can_wait(loss: Tensor, ends: Ends, settings: RuleSettings) -> bool:
     """Whether the steps may be made in the backward pass; the top of this file says why they may not."""
     half = (torch.float16, torch.bfloat16)
     return (
         loss.ndim == 0
         and loss.dtype not in half
         and settings.on_nonfinite == "keep"
-        and all(b.dtype not in half and b.certain for b in boundaries)
-        and all(layout.rows for layout in layouts)
+        and not ends.one_size
+        and len(ends.calls) == len(ends.boundaries)
+        and all(b.dtype not in half and b.certain for b in ends.boundaries)
+        and all(layout.rows for layout in ends.layouts)
         and not current_ranks(settings.sync).many
     )
 
 
 def _in_backward(
-    layouts: Sequence[RowLayout],
-    sources: Sequence[Source],
-    rules: Sequence[StepRule],
-    settings: RuleSettings,
-    cause: str = "",
-) -> list[Sender]:
-    """Senders that wait; ``cause``: why there are no Hessian-vector products though a rule asks for them."""
+    loss: Tensor, ends: Ends, settings: RuleSettings, look: Sharing | None, cause: str = ""
+) -> tuple[list[Sender], Flow]:
+    """Senders that wait.
+
+    Args:
+        loss, ends, settings: the loss, its boundaries, and what was asked for.
+        look: is told whether others share operations of the loss; None: nobody looks.
+        cause: why there are no Hessian-vector products though a rule asks for them.
+    """
+    own, upstream = None, [None] * len(ends.boundaries)
+    if look is not None:
+        try:
+            own, upstream = own_parts(loss, ends.boundaries, ends.observed)
+        except SinglePassError:  # then nobody can look
+            look = None
     senders: list[Sender] = []
-    for layout, source, rule in zip(layouts, sources, rules, strict=True):
+    for k, (layout, source, rule) in enumerate(zip(ends.layouts, ends.sources, ends.rules, strict=True)):
         hessians = source.hessians if isinstance(source, ClosedForm) else None
         if source == "products":
             hessians = lambda _: no_second_pass(cause)  # noqa: E731
-        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians)
+        arrived = upstream[k]
+        known = None if look is None or arrived is None else (arrived, look)
+        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians, known)
         if isinstance(source, ClosedForm):
             source.node.register_hook(sender.record_upstream)
         senders.append(sender)
-    return senders
+    return senders, Flow(own=own, sharing=look)
 
 
-def _compute_steps(
-    loss: Tensor,
-    boundaries: Sequence[Boundary],
-    layouts: Sequence[RowLayout],
-    sources: Sequence[Source],
-    rules: Sequence[StepRule],
-    settings: RuleSettings,
-) -> tuple[list[BoundaryStep], Scaling]:
-    scaling = _scaling(loss, layouts, settings)
+def _compute_steps(loss: Tensor, ends: Ends, settings: RuleSettings) -> _Steps:
+    scaling = _scaling(loss, ends.layouts, settings)
     ranks = current_ranks(settings.sync)
-    ranks.agree("; ".join(f"{b.name!r} with {a.features} features" for b, a in zip(boundaries, layouts, strict=True)))
-    steps = []
+    ranks.agree(ends.describe())
     with torch.autocast(loss.device.type, enabled=False):
         found = loss_gradients(
             loss,
-            boundaries,
-            layouts,
+            ends.boundaries,
+            ends.samples,
             scaling,
-            [source.node if isinstance(source, ClosedForm) else None for source in sources],
-            twice="products" in sources,
-            verified=all(rule.probing.verified for rule in rules),
+            ends.observed,
+            twice="products" in ends.sources,
+            verified=all(rule.probing.verified for rule in ends.rules),
         )
-        for k, (boundary, layout, source, rule) in enumerate(zip(boundaries, layouts, sources, rules, strict=True)):
-            gradient, upstream = found.gradients[k], found.upstream[k]
-            rows = layout.to_rows(gradient.detach())
-            hessians = None
-            if source == "products":
-                hessians = hessian_products(gradient, boundary, layout, rule.probing, found.cause)
-            elif source is not None and upstream is not None:
-                hessians = source.hessians(upstream.detach().to(working_dtype(upstream.device)))
-            # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-            step = rows
-            if layout.rows or ranks.many:
-                result = rule(rows, hessians, ranks, layout.groups)
-                assert result.finiteness.taken is not None
-                step = torch.where(result.finiteness.taken, result.step, rows)
-            steps.append(BoundaryStep(layout, rows, step))
-    return steps, scaling
+        steps: dict[int, BoundaryStep] = {}
+        for numbers in ends.calls:
+            steps.update(zip(numbers, _steps_of_layer(numbers, found, ends, scaling, ranks), strict=True))
+        taken = [steps[k] for k in range(len(steps))]
+        size = _in_one_size(taken, ends, ranks) if ends.one_size else None
+    return _Steps(taken, scaling, found.parts, found.seed, size)
+
+
+def _steps_of_layer(
+    numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, ranks: Ranks
+) -> list[BoundaryStep]:
+    """The steps of all calls of one layer, whose rows are one batch."""
+    first = numbers[0]
+    rule, source = ends.rules[first], ends.sources[first]
+    layouts = [ends.layouts[k] for k in numbers]
+    own = [layout.to_rows(found.gradients[k].detach()) for k, layout in zip(numbers, layouts, strict=True)]
+    batch = own[0] if len(own) == 1 else torch.cat(own)
+    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
+    if not len(batch) and not ranks.many:
+        return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, own, strict=True)]
+    live = live_rows(batch)
+    share = None  # of the rows: a mean over N rows is one over the live rows alone
+    if scaling == "mean" and len(batch):
+        batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
+        share = live.to(batch.dtype) / len(batch)
+        batch = batch * share
+    hessians = None
+    if source == "products":
+        gradients, boundaries = [found.gradients[k] for k in numbers], [ends.boundaries[k] for k in numbers]
+        hessians = hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
+    elif source is not None:
+        hessians = _closed_forms(numbers, found, ends, share)
+    # A rank whose rows are all ignored counts as none in the mean over the ranks.
+    result = rule(batch, hessians, ranks, layouts[0].groups, live=batch.any(-1).sum() if ranks.many else live)
+    assert result.finiteness.taken is not None
+    step = torch.where(result.finiteness.taken, result.step, batch)
+    sizes = [layout.rows for layout in layouts]
+    parts = zip(layouts, batch.split(sizes), step.split(sizes), strict=True)
+    return [BoundaryStep(layout, rows, taken, live) for layout, rows, taken in parts]
+
+
+def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: Tensor | None) -> SampleHessians | None:
+    """The Hessians of all calls of one layer; None where nothing arrives at their operations."""
+    parts = []
+    for k in numbers:
+        source, upstream = ends.sources[k], found.upstream[k]
+        if not isinstance(source, ClosedForm) or upstream is None:
+            return None
+        upstream = upstream.detach().to(working_dtype(upstream.device))
+        parts.append(source.hessians(upstream if share is None else upstream * share.to(upstream.dtype)))
+    return SampleHessians.joined(parts, [ends.layouts[k].rows for k in numbers])
+
+
+def _in_one_size(steps: list[BoundaryStep], ends: Ends, ranks: Ranks) -> Tensor:
+    """Bring the steps to the one size of their loss; return it. See ``size.py``. Does not wait for the device.
+
+    Where the step of one boundary is not taken, the whole loss keeps its gradient.
+    """
+    gains, features, verdicts = [], [], []
+    for numbers in ends.calls:
+        rule, own = ends.rules[numbers[0]], [steps[k] for k in numbers]
+        pairs = [(s.gradient.to(s.step.dtype), s.step) for s in own]
+        along = torch.stack([inner_products(g, step).sum() for g, step in pairs]).sum()
+        squares = torch.stack([squared_norms(g).sum() for g, _ in pairs]).sum()
+        sums = torch.stack([along, squares])
+        verdict = None if rule.last is None else rule.last.finiteness.taken
+        if verdict is not None:
+            verdicts.append(verdict)
+            sums = torch.where(verdict, sums, math.nan)  # a gradient that was kept says nothing about the rule
+        means = ranks.mean(sums, own[0].live)
+        gains.append(rule.gain.update(means[0], means[1], rule.curvature.averaging(rule.damping)))
+        features.append(own[0].layout.features)
+    taken = torch.stack(verdicts).all() if verdicts else torch.ones_like(gains[0], dtype=torch.bool)
+    size, factors = size_of(gains, features, ends.rules[0].power)
+    for numbers, factor in zip(ends.calls, factors, strict=True):
+        for k in numbers:
+            step = steps[k].step if factor is None else steps[k].step * factor
+            steps[k].step = torch.where(taken, step, steps[k].gradient)
+        ends.rules[numbers[0]].last_factor = None if factor is None else torch.where(taken, factor, 1.0)
+    return torch.where(taken, size, 1.0)
+
+
+def _scaled(parts: Parts, factor: float) -> Parts:
+    """What consumers sent, times a number, without its graph."""
+    return [[[None if p is None else p.detach() * factor for p in consumer] for consumer in b] for b in parts]
 
 
 def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:

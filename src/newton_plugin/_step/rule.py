@@ -16,6 +16,7 @@ from newton_plugin._derivatives.autograd import Probing
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+from newton_plugin._step.size import Gain
 
 __all__ = ["OnNonfinite", "StepRule"]
 
@@ -36,18 +37,22 @@ class StepRule:
         damping: what is added to C.
         on_nonfinite: keep a gradient that is not finite, or raise.
         probing: what is known about differentiating this loss twice.
+        gain: how much longer the rule makes a gradient; kept where a loss has one size for several boundaries.
         last: the last step.
         last_gradient: its rows, where ``last.sizes`` does not say how large they were.
         last_weight: their weight, where the rows were streamed.
+        last_factor: what the last step was multiplied by before it was sent; None: by nothing.
     """
 
     curvature: Curvature
     damping: Damping
     on_nonfinite: OnNonfinite = "keep"
     probing: Probing = field(default_factory=Probing)
+    gain: Gain = field(default_factory=Gain)
     last: CurvatureStep | None = None
     last_gradient: Tensor | None = None
     last_weight: Tensor | None = None
+    last_factor: Tensor | None = None
     _structural_fallbacks: int = 0
     _gradients_not_stepped: Tensor | None = None
     _zero_hessians: Tensor | None = None
@@ -55,7 +60,17 @@ class StepRule:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the running state and not the last batch."""
-        return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None}
+        return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None, "last_factor": None}
+
+    @property
+    def relative(self) -> bool:
+        """Whether the steps have a size of their own: the damping goes with C."""
+        return self.damping.needs_scale
+
+    @property
+    def power(self) -> float:
+        """Of the curvature; 1 where it says nothing."""
+        return getattr(self.curvature, "power", 1.0)
 
     def wants_products(self, features: int) -> bool:
         """Whether the next step uses Hessian-vector products of outputs with so many features."""
@@ -79,6 +94,7 @@ class StepRule:
         ranks: Ranks = ONE_PROCESS,
         groups: int = 1,
         weight: Tensor | None = None,
+        live: Tensor | None = None,
     ) -> CurvatureStep:
         """The curvature's step for these rows, judged.
 
@@ -89,15 +105,22 @@ class StepRule:
             ranks: the processes that share the batch.
             groups: rows of one sample.
             weight: of rows that are streamed; see :meth:`Curvature.step`.
+            live: the number of rows that have a gradient, no dimensions; None: all.
         """
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(gradient.device.type)):
             # A backward pass. To enter contexts costs as much as an operation.
-            return self._judged(gradient, hvp, ranks, groups, weight)
+            return self._judged(gradient, hvp, ranks, groups, weight, live)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            return self._judged(gradient, hvp, ranks, groups, weight)
+            return self._judged(gradient, hvp, ranks, groups, weight, live)
 
     def _judged(
-        self, gradient: Tensor, hvp: HVP | None, ranks: Ranks, groups: int, weight: Tensor | None
+        self,
+        gradient: Tensor,
+        hvp: HVP | None,
+        ranks: Ranks,
+        groups: int,
+        weight: Tensor | None,
+        live: Tensor | None,
     ) -> CurvatureStep:
         curvature = self.curvature
         more: dict[str, Any] = {}  # arguments beyond the first three
@@ -108,6 +131,8 @@ class StepRule:
             gradient = gradient.to(working_dtype(gradient.device))
         elif weight is not None:
             more["weight"] = weight
+        if live is not None and curvature.takes_live:
+            more["live"] = live
         if curvature.structure == "block":
             more["groups"] = groups
         result = curvature.step(gradient, hvp, self.damping, **more)
@@ -120,7 +145,7 @@ class StepRule:
         if self.on_nonfinite == "raise" and not bool(taken):
             self._raise(gradient, result)
         self._count(taken, result)
-        self.last, self.last_weight = result, weight
+        self.last, self.last_weight, self.last_factor = result, weight, None
         self.last_gradient = gradient if result.sizes is None else None
         return result
 
@@ -186,9 +211,11 @@ class StepRule:
 
     def state_dict(self) -> dict[str, Any]:
         """Running means and counters, as plain types and tensors."""
+        gain = self.gain.state_dict()
         return {
             "curvature": self.curvature.state_dict(),
             "damping": self.damping.state_dict(),
+            **({"gain": gain} if gain else {}),
             "structural_fallbacks": self._structural_fallbacks,
             "kept": _copy(self._gradients_not_stepped),
             "zero": _copy(self._zero_hessians),
@@ -218,6 +245,7 @@ class StepRule:
         self._check_state(state)
         self.curvature.load_state_dict(state["curvature"])
         self.damping.load_state_dict(state["damping"])
+        self.gain.load_state_dict(state.get("gain", {}))
         self._structural_fallbacks = state["structural_fallbacks"]
         self._gradients_not_stepped, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 

@@ -13,8 +13,9 @@ from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._step.rule import StepRule
+from newton_plugin._step.sharing import Sharing
 
-__all__ = ["ComputedStep", "Sender", "StepInBackward"]
+__all__ = ["ComputedStep", "Sender", "StepInBackward", "live_rows"]
 
 
 class Sender(Protocol):
@@ -43,14 +44,16 @@ class ComputedStep:
     Args:
         step: rows (N, m).
         layout: between the outputs and their rows.
+        samples: over which a mean was taken: the rows of all calls of the layer that have a gradient.
         scaling: how the loss is made of its samples.
     """
 
     waits = False
 
-    def __init__(self, step: Tensor, layout: RowLayout, scaling: Scaling) -> None:
+    def __init__(self, step: Tensor, layout: RowLayout, samples: Tensor | int, scaling: Scaling) -> None:
         self._step = step
         self._layout = layout
+        self._samples = samples
         self._scaling = scaling
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
@@ -60,7 +63,7 @@ class ComputedStep:
         scale = scale.to(self._step.dtype)
         if self._scaling == "per_row":
             return self._layout.from_rows(self._step * scale.reshape(-1, 1))
-        return self._layout.from_rows(self._step * _weight(scale, self._layout, self._scaling == "mean"))
+        return self._layout.from_rows(self._step * _weight(scale, self._samples, self._scaling == "mean"))
 
 
 class StepInBackward:
@@ -72,16 +75,24 @@ class StepInBackward:
         mean: whether the loss is the mean over its samples, and not the sum.
         hessians: from the gradient that arrives at an operation to the Hessians that are known in closed form; or to
             products that raise why there are none.
+        own_upstream: what the loss alone sends to that operation, for a loss gradient of 1, and who knows whether
+            others send there, too; None: nobody looks.
     """
 
     def __init__(
-        self, layout: RowLayout, rule: StepRule, mean: bool, hessians: Callable[[Tensor], SampleHessians] | None
+        self,
+        layout: RowLayout,
+        rule: StepRule,
+        mean: bool,
+        hessians: Callable[[Tensor], SampleHessians] | None,
+        own_upstream: tuple[Tensor, Sharing] | None = None,
     ) -> None:
         self.waits = True
         self._layout = layout
         self._rule = rule
         self._mean = mean
         self._hessians = hessians
+        self._own_upstream = own_upstream
         self._upstream: Tensor | None = None
         self._sent: Tensor | None = None
         self._scale: Tensor | None = None
@@ -93,25 +104,29 @@ class StepInBackward:
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
         dtype = working_dtype(gradient.device)
-        weight = _weight(scale.to(dtype), self._layout, self._mean)
+        arrived = self._layout.to_rows(gradient)
+        live = live_rows(arrived)
+        weight = _weight(scale.to(dtype), live, self._mean)
         hessians = None
         if self._hessians is not None:
             upstream = gradient.new_zeros(()) if self._upstream is None else self._upstream
+            if self._own_upstream is not None:
+                own, sharing = self._own_upstream
+                upstream = torch.where(sharing.seen(upstream), own * scale.to(own).reshape(()), upstream)
             hessians = self._hessians(_unweighted(upstream, weight))
-        arrived = self._layout.to_rows(gradient)
         # A loss that was multiplied by zero gives 0 / 0 here: not finite, so this batch changes no running mean.
         if self._rule.streams(arrived):
-            result = self._rule(arrived, hessians, groups=self._layout.groups, weight=weight)
+            result = self._rule(arrived, hessians, groups=self._layout.groups, weight=weight, live=live)
             step = result.step
         else:
-            result = self._rule(_unweighted(arrived, weight), hessians, groups=self._layout.groups)
+            result = self._rule(_unweighted(arrived, weight), hessians, groups=self._layout.groups, live=live)
             step = torch.mul(result.step, weight, out=torch.empty_like(arrived))
         taken = result.finiteness.taken
         assert taken is not None
         # Where the step is not taken, the gradient goes on as it arrived.
         self._sent = torch.where(taken, step, arrived, out=step if step is result.step else None)
         self._scale = scale
-        self.waits, self._upstream, self._hessians = False, None, None
+        self.waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
 
     def send(self, scale: Tensor) -> Tensor:
         sent = self._sent
@@ -122,11 +137,16 @@ class StepInBackward:
         return self._layout.from_rows(sent)
 
 
-def _weight(scale: Tensor, layout: RowLayout, mean: bool) -> Tensor:
+def live_rows(rows: Tensor) -> Tensor:
+    """How many rows have a gradient, at least 1: what a loss ignores has none, and is no sample of it."""
+    return rows.any(-1).sum().clamp_min(1)
+
+
+def _weight(scale: Tensor, samples: Tensor | int, mean: bool) -> Tensor:
     """The factor between a sample's own gradient and its part of the gradient that arrives at the boundary."""
     if scale.ndim:
         scale = scale.reshape(())
-    return scale / layout.rows if mean else scale
+    return scale / samples if mean else scale
 
 
 def _unweighted(gradient: Tensor, weight: Tensor) -> Tensor:

@@ -6,77 +6,133 @@ at the loss itself: 1, or 65536 under a GradScaler, or 1/4 under accumulation. W
 loss (a regulariser, another loss, a deeper head) is added to the step unchanged. The value of the loss stays the user's
 own.
 
-A known limit: where two losses share operations between loss and y, the hooks cannot tell their gradients apart. One
-backward pass through the sum of both then sends a wrong step.
+Where operations between the loss and y also serve other terms, the consumers send the sum of both gradients. Two
+things keep them apart. At a step at which somebody looks (``sharing.py``), the loss's own part of what each consumer
+sends is known from a pass of its own. Once somebody was found to share, the loss's gradient is multiplied by zero where
+it starts (or, if terms beside the boundaries need it, its own part is subtracted at the consumers), and the step is
+*added* to what the consumers send.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from newton_plugin._boundary.autograd_graph import Boundary
+from newton_plugin._derivatives.autograd import Parts
 from newton_plugin._errors import NoGradientError
 from newton_plugin._step.senders import Sender
+from newton_plugin._step.sharing import Sharing, separate
 
-__all__ = ["splice"]
+__all__ = ["Flow", "splice"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What becomes of the loss's own gradient on its way to the boundaries.
+
+    Attributes:
+        size: what everything that flows back from the loss is multiplied by, no dimensions; None: 1.
+        own: the loss's own part of what the consumers send, for a loss gradient of 1; None: nobody looks.
+        sharing: is told what a look has seen.
+        shared: whether other terms are known to use operations of this loss. Then ``own`` is needed where something
+            lies beside the boundaries.
+        beside: whether the loss reaches anything but its boundaries.
+    """
+
+    size: Tensor | None = None
+    own: Parts | None = None
+    sharing: Sharing | None = None
+    shared: bool = False
+    beside: bool = False
 
 
 class _Splice:
     """What the hooks of one loss share. It refers to no graph node, so that no circle keeps the graph alive."""
 
-    def __init__(self, senders: Sequence[Sender], consumers: Sequence[int]) -> None:
+    def __init__(self, senders: Sequence[Sender], consumers: Sequence[int], flow: Flow) -> None:
         self.senders = senders
         self.consumers = consumers
+        self.flow = flow
+        self.silent = flow.shared and not flow.beside  # the loss's own gradient serves nothing: it is stopped
         self.scale: Tensor | None = None
         self.left: list[int] = []
         self.received: list[Tensor | None] = []
         self.sent: set[int] = set()
 
-    def start(self, scale: Tensor) -> None:
-        """A backward pass begins at the loss, with this gradient."""
+    def start(self, scale: Tensor) -> Tensor | None:
+        """A backward pass begins at the loss, with this gradient. Returns what goes on from there; None: all of it."""
         self.scale = scale.detach()
         self.left = list(self.consumers)
         self.received = [None] * len(self.senders)
         self.sent.clear()
         # Active in this pass only: another loss may share operations with this one.
         torch.autograd.Variable._execution_engine.queue_callback(self.stop)
+        if self.silent:
+            return torch.zeros_like(scale)
+        return None if self.flow.size is None else scale * self.flow.size.to(scale)
 
     def stop(self) -> None:
         self.scale = None
         self.received = []
 
-    def consumer_hook(self, which: int, positions: Sequence[int]) -> Callable[[Any, Any], Any]:
-        """A post-hook for one consumer of boundary number ``which``."""
+    def consumer_hook(self, which: int, number: int, positions: Sequence[int]) -> Callable[[Any, Any], Any]:
+        """A post-hook for consumer ``number`` of boundary ``which``."""
 
         def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
             if self.scale is None:
                 return None
             grads = list(grad_inputs)
-            here = [position for position in positions if grads[position] is not None]
+            here = [k for k, position in enumerate(positions) if grads[position] is not None]
+            of_others: list[Tensor | None] = [None] * len(positions)
+            mine: dict[int, Tensor] = {}
+            for k in here:
+                grad = grads[positions[k]]
+                assert grad is not None
+                mine[k], of_others[k] = self._separated(grad, which, number, k)
             sender = self.senders[which]
             self.left[which] -= 1
             if sender.waits:
-                for position in here:
-                    grad, before = grads[position], self.received[which]
-                    assert grad is not None
+                for grad in mine.values():
+                    before = self.received[which]
                     self.received[which] = grad.detach() if before is None else before + grad.detach()
                 if self.left[which] == 0:
                     self._complete(which, bool(here))
-            for position in here:
-                grad = grads[position]
-                assert grad is not None
-                if which in self.sent or sender.waits:
-                    grads[position] = torch.zeros_like(grad)
-                else:
-                    self.sent.add(which)
-                    grads[position] = sender.send(self.scale).to(grad)
+            for k in here:
+                sent = self._sent(which, mine[k])
+                rest = of_others[k]
+                grads[positions[k]] = sent if rest is None else rest if sent is None else sent + rest
             return tuple(grads)
 
         return hook
+
+    def _sent(self, which: int, like: Tensor) -> Tensor | None:
+        """The step, from the first that may send it; nothing from all others."""
+        if which in self.sent or self.senders[which].waits:
+            return None if self.flow.shared or self.flow.own is not None else torch.zeros_like(like)
+        assert self.scale is not None
+        self.sent.add(which)
+        return self.senders[which].send(self.scale).to(like)
+
+    def _separated(self, grad: Tensor, which: int, number: int, k: int) -> tuple[Tensor, Tensor | None]:
+        """What this loss and what others send by a consumer, of which the sum is ``grad``."""
+        flow = self.flow
+        if self.silent:
+            return grad, grad
+        own = flow.own[which][number][k] if flow.own is not None else None
+        if own is None:
+            return (torch.zeros_like(grad), grad) if flow.own is not None else (grad, None)
+        assert self.scale is not None
+        factor = self.scale.reshape(()) if flow.size is None else self.scale.reshape(()) * flow.size.to(self.scale)
+        expected = own * factor.to(own)
+        if flow.shared:
+            return expected, grad - expected
+        assert flow.sharing is not None
+        return separate(grad, expected, flow.sharing)
 
     def _complete(self, which: int, can_send: bool) -> None:
         """All consumers have run: the gradient of the boundary is known."""
@@ -93,7 +149,7 @@ class _Splice:
         self.senders[which].receive(gradient, self.scale)
 
 
-def splice(loss: Tensor, boundaries: Sequence[Boundary], senders: Sequence[Sender]) -> None:
+def splice(loss: Tensor, boundaries: Sequence[Boundary], senders: Sequence[Sender], flow: Flow) -> None:
     """Make every backward pass through ``loss`` send ``senders[k].send(scale)`` into boundary k.
 
     Of a boundary's consumers the first that runs sends everything. Where the step waits for the gradient itself it is
@@ -103,9 +159,10 @@ def splice(loss: Tensor, boundaries: Sequence[Boundary], senders: Sequence[Sende
         loss: not a leaf.
         boundaries: edges of its graph, none computed from another.
         senders: one for each boundary.
+        flow: what becomes of the loss's own gradient.
     """
-    shared = _Splice(senders, [len(boundary.consumers) for boundary in boundaries])
+    shared = _Splice(senders, [len(boundary.consumers) for boundary in boundaries], flow)
     for which, boundary in enumerate(boundaries):
-        for node, positions in boundary.consumers:
-            node.register_hook(shared.consumer_hook(which, positions))
+        for number, (node, positions) in enumerate(boundary.consumers):
+            node.register_hook(shared.consumer_hook(which, number, positions))
     loss.register_hook(shared.start)

@@ -1,0 +1,89 @@
+"""What a door has found under a loss, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from newton_plugin._boundary.autograd_graph import Boundary
+from newton_plugin._step.ends import layout_at
+from newton_plugin._step.rule import StepRule
+from newton_plugin._step.settings import RuleSettings
+
+__all__ = ["FoundBoundary", "describe_boundaries", "found_boundaries"]
+
+
+@dataclass(frozen=True)
+class FoundBoundary:
+    """One place where outputs met the last loss.
+
+    Attributes:
+        name: the layer that made the outputs, the argument, or the name that was given.
+        shape: of the outputs.
+        sample_dims: which dimensions count samples.
+        samples: N.
+        features: m, the features of a sample.
+        curvature, damping: the rule there.
+        calls: how many calls of the layer this loss has; they share one curvature.
+        beside: what else the loss reaches, by name: its own parameters, terms of earlier layers.
+        left_out: what could have been a boundary and is none, with the reason.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sample_dims: tuple[int, ...]
+    samples: int
+    features: int
+    curvature: str
+    damping: str
+    calls: int = 1
+    beside: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        along = ", ".join(map(str, self.sample_dims)) if self.sample_dims else "none"
+        calls = f", {self.calls} calls of one layer" if self.calls > 1 else ""
+        return (
+            f"{self.name!r} of shape {self.shape}, {self.samples} samples (dim {along}) x {self.features} "
+            f"features{calls}"
+        )
+
+
+def found_boundaries(
+    boundaries: Sequence[Boundary],
+    rules: Sequence[StepRule],
+    settings: RuleSettings,
+    beside: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> tuple[FoundBoundary, ...]:
+    """What the search has found, without the graph."""
+    found = []
+    for boundary, rule in zip(boundaries, rules, strict=True):
+        layout = layout_at(boundary, settings)
+        found.append(
+            FoundBoundary(
+                boundary.name,
+                boundary.shape,
+                layout.sample_axes,
+                layout.rows,
+                layout.features,
+                repr(rule.curvature),
+                repr(rule.damping),
+                sum(other is rule for other in rules),
+                tuple(beside),
+                tuple(left_out),
+            )
+        )
+    return tuple(found)
+
+
+def describe_boundaries(found: Sequence[FoundBoundary]) -> str:
+    """One line about all boundaries of a loss."""
+    if not found:
+        return "no boundary yet"
+    parts = ["; ".join(map(str, found)), f"{found[0].curvature}, {found[0].damping}"]
+    if found[0].beside:
+        parts.append(f"beside: {', '.join(found[0].beside)}")
+    if found[0].left_out:
+        parts.append(f"left out: {'; '.join(found[0].left_out)}")
+    return " | ".join(parts)

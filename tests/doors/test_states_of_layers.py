@@ -1,0 +1,140 @@
+"""A running state belongs to the layer that made the outputs, and to nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import newton_plugin as npl
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(8, 5, generator=G, dtype=torch.float64)
+T = torch.arange(8) % 3
+Door = Callable[[], Callable[[Tensor], Tensor]]
+
+
+def hooked() -> Callable[[Tensor], Tensor]:
+    hook = npl.LossHook()
+    return lambda y: hook(F.cross_entropy(y, T))
+
+
+def wrapped() -> Callable[[Tensor], Tensor]:
+    loss = npl.newton_loss(F.cross_entropy)
+    return lambda y: loss(y, T)
+
+
+DOORS = pytest.mark.parametrize("door", [hooked, wrapped])
+
+
+def heads() -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+
+def gradient(door: Callable[[Tensor], Tensor], head: nn.Module, scale: float) -> Tensor:
+    head.zero_grad()
+    door(scale * head(X)).backward()
+    return torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])
+
+
+@DOORS
+def test_two_tasks_in_turn_have_a_state_each(door: Door) -> None:
+    (a, b), both = heads(), door()
+    mixed = [gradient(both, head, scale) for _ in range(3) for head, scale in ((a, 1.0), (b, 100.0))]
+    for which, (head, scale) in enumerate(((a, 1.0), (b, 100.0))):
+        alone = door()
+        for k in range(3):
+            torch.testing.assert_close(mixed[2 * k + which], gradient(alone, head, scale), rtol=1e-12, atol=0)
+
+
+@DOORS
+def test_the_order_of_tasks_does_not_matter(door: Door) -> None:
+    a, b = heads()
+    first, second = door(), door()
+    for head, scale in ((a, 1.0), (b, 100.0)):
+        gradient(first, head, scale)
+    for head, scale in ((b, 100.0), (a, 1.0)):
+        gradient(second, head, scale)
+    assert torch.equal(gradient(first, a, 1.0), gradient(second, a, 1.0))
+
+
+def test_widths_that_change_have_one_state_where_c_is_one_number_and_one_each_where_it_is_a_matrix() -> None:
+    head = nn.Linear(5, 1).double()
+    for options, states in (({}, 1), ({"curvature": "norm"}, 1), ({"structure": "mean"}, 7)):
+        hook = npl.LossHook(**options)  # type: ignore[arg-type]
+        for width in range(2, 9):
+            scores = head(torch.randn(6, width, 5, generator=G, dtype=torch.float64)).squeeze(-1)
+            hook(F.cross_entropy(scores, torch.zeros(6, dtype=torch.int64))).backward()
+        assert len(hook.state_dict()["rules"]) == states
+
+
+def test_a_copy_meets_the_copied_layers_in_the_same_order() -> None:
+    a, b = heads()
+    door = npl.newton_loss(F.cross_entropy)
+    hook = npl.LossHook()
+    for head, scale in ((a, 1.0), (b, 100.0)):
+        door(scale * head(X), T).backward()
+        hook(F.cross_entropy(scale * head(X), T)).backward()
+    twins = copy.deepcopy((a, b, door, hook))
+    for one, other in (((a, b, door, hook), twins),):
+        found = []
+        for first, second, d, h in (one, other):
+            for head, scale in ((first, 1.0), (second, 100.0)):
+                head.zero_grad()
+                d(scale * head(X), T).backward()
+                h(F.cross_entropy(scale * head(X), T)).backward()
+                found.append(head.weight.grad.clone())
+        assert torch.equal(found[0], found[2])
+        assert torch.equal(found[1], found[3])
+
+
+def test_two_parts_of_one_output_have_a_curvature_each_and_two_calls_share_one() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 6).double(), X
+
+    def gaussian(mean: Tensor, spread: Tensor) -> Tensor:
+        return (((mean - 1) / F.softplus(spread)).square() + F.softplus(spread).log()).mean()
+
+    def rules(*arguments: Tensor) -> int:
+        door = npl.newton_loss(gaussian, outputs=(0, 1))
+        door(*arguments).backward()
+        return len(door._rules)
+
+    assert rules(*layer(x).chunk(2, -1)) == 2
+    assert rules(layer(x), layer(-x)) == 1
+
+
+def test_other_arguments_that_layers_made_are_reported_once_and_parameters_are_not() -> None:
+    a, b = heads()
+    loss = npl.newton_loss(lambda y, other: (y - other).square().mean())
+    with pytest.warns(UserWarning, match=r"other arguments that require grad than\s+outputs=\(0,\)") as caught:
+        for _ in range(3):
+            loss(a(X), b(X)).backward()
+    assert len(caught) == 1
+    npl.newton_loss(lambda y, t: (y / t.exp()).square().mean())(a(X), nn.Parameter(torch.zeros(()))).backward()
+    npl.newton_loss(lambda y, other: (y - other).square().mean(), outputs=(0, 1))(a(X), b(X)).backward()
+
+
+def test_what_was_found_is_told() -> None:
+    torch.manual_seed(0)
+    net: Any = nn.ModuleDict({"head": nn.Linear(5, 3), "other": nn.Linear(5, 2)}).double()
+    s = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    hook = npl.LossHook(module=net)
+    assert hook.boundaries == ()
+    assert hook.describe() == "no boundary yet"
+    (F.cross_entropy(net["head"](X) * s.exp(), T)).backward()
+    hook(F.cross_entropy(net["head"](X) * s.exp(), T) + net["other"](X).square().mean()).backward()
+    head, other = sorted(hook.boundaries, key=lambda b: b.name)
+    assert (head.name, head.shape, head.sample_dims, head.samples, head.features) == ("head", (8, 3), (0,), 8, 3)
+    assert (other.name, other.shape, other.calls) == ("other", (8, 2), 1)
+    assert head.beside == other.beside == ("parameter 0 (shape (1,))",)
+    assert "'head' of shape (8, 3), 8 samples (dim 0) x 3 features" in hook.describe()
+    assert "beside: parameter 0" in repr(hook)
+    assert "EmpiricalFisher(structure='isotropic'" in head.curvature
+    assert "AutoDamping" in head.damping
