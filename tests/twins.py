@@ -34,14 +34,17 @@ def power_solve(c: Tensor, damping: float, g: Tensor, power: float) -> Tensor:
     return vectors @ torch.diag(shifted**-power) @ vectors.T @ g
 
 
-def step(g: Tensor, h: Tensor, curvature: str, structure: str, power: float, damping: float) -> Tensor:
-    """The step of every sample by the definitions alone."""
+def step(
+    g: Tensor, h: Tensor, curvature: str, structure: str, power: float, damping: float, live: int | None = None
+) -> Tensor:
+    """The step of every sample by the definitions alone; ``live`` of the samples count in a mean, all if None."""
     n, m = g.shape
+    count = n if live is None else live
     if curvature == "norm":
-        mean = sum(float(g[i] @ g[i]) for i in range(n)) / live_samples(g)
+        mean = sum(float(g[i] @ g[i]) for i in range(n)) / count
         return torch.stack([g[i] / (g[i] @ g[i] + 0.1 * mean).sqrt() for i in range(n)])
     own = [h[i] if curvature == "hessian" else torch.outer(g[i], g[i]) for i in range(n)]
-    average = sum(own) / live_samples(g)
+    average = sum(own) / count
     if structure == "mean":
         matrices = [average] * n
     elif structure == "per_sample":

@@ -164,3 +164,23 @@ def test_gradients_at_the_end_of_float32_give_steps_within_it(features: int, opt
     assert y.grad is not None
     assert bool(torch.isfinite(y.grad).all())
     assert bool((y.grad > 0).all())
+
+
+def test_gradients_that_are_rounding_are_not_brought_to_length_one() -> None:
+    hook, w = npl.LossHook(curvature="norm"), torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    for size, expected in ((1.0, 1.0), (1e-3, 1.0), (1e-17, 0.0)):
+        w.grad = None
+        hook((size * (w * 1.0)).sum(-1).mean()).backward()
+        length = float(4 * w.grad.norm(dim=-1).max())
+        assert length == pytest.approx(expected, abs=0.05)
+    again = npl.LossHook(curvature="norm")
+    again.load_state_dict(hook.state_dict())
+    w.grad = None
+    again((1e-17 * (w * 1.0)).sum(-1).mean()).backward()
+    assert float(4 * w.grad.norm(dim=-1).max()) < 1e-6
+
+
+@pytest.mark.parametrize("structure", ["isotropic", "diagonal", "block"])
+def test_a_structure_that_soft_normalisation_does_not_have_is_refused(structure: Any) -> None:
+    with pytest.raises(npl.ArgumentError, match="structure must be 'auto' or 'per_sample' with curvature='norm'"):
+        npl.LossHook(curvature="norm", structure=structure)

@@ -93,7 +93,7 @@ def test_closed_forms_are_found_and_exact(name: str, reduction: str) -> None:
     g, h = gradients_and_hessians(loss_of, Y, mean=reduction == "mean")
     for structure in ("mean", "per_sample", "isotropic"):
         options: dict[str, Any] = {"curvature": "hessian", "structure": structure, "damping": 0.1}
-        theirs = twins.step(g, h, "hessian", structure, 1, 0.1)
+        theirs = twins.step(g, h, "hessian", structure, 1, 0.1, live_samples(g))
         assert relative_error(npl.newton_step(loss_of, Y, reduction=reduction, **options).step, theirs) <= 1e-10
         for door in (npl.newton_loss(loss_of, reduction=reduction, **options), None):
             y = outputs()
@@ -116,7 +116,7 @@ def test_one_loss_for_each_sample(fn: Any) -> None:
     g, h = gradients_and_hessians(lambda y: unreduced(y).sum(), Y, mean=False)
     leaf = Y.clone().requires_grad_()
     (weights * npl.newton_loss(unreduced, curvature="hessian", damping=0.1)(leaf * 1.0)).sum().backward()
-    expected = weights.unsqueeze(1) * twins.step(g, h, "hessian", "mean", 1, 0.1)
+    expected = weights.unsqueeze(1) * twins.step(g, h, "hessian", "mean", 1, 0.1, live_samples(g))
     assert leaf.grad is not None
     assert relative_error(leaf.grad, expected) <= 1e-10
 
@@ -166,7 +166,7 @@ def test_what_has_no_closed_form_takes_the_generic_path(name: str) -> None:
         return  # the others couple the samples: no per-sample Hessian to compare with
     g, h = gradients_and_hessians(loss_of, Y)
     ours = npl.newton_step(loss_of, Y, curvature="hessian", damping=0.1).step
-    assert relative_error(ours, twins.step(g, h, "hessian", "mean", 1, 0.1)) <= 1e-10
+    assert relative_error(ours, twins.step(g, h, "hessian", "mean", 1, 0.1, live_samples(g))) <= 1e-10
 
 
 def quartic(y: Tensor, hold: list[int] | None = None) -> Tensor:

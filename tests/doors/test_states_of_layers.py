@@ -113,10 +113,9 @@ def test_two_parts_of_one_output_have_a_curvature_each_and_two_calls_share_one()
 def test_other_arguments_that_layers_made_are_reported_once_and_parameters_are_not() -> None:
     a, b = heads()
     loss = npl.newton_loss(lambda y, other: (y - other).square().mean())
-    with pytest.warns(UserWarning, match=r"other arguments that require grad than\s+outputs=\(0,\)") as caught:
-        for _ in range(3):
-            loss(a(X), b(X)).backward()
-    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=r"other arguments that require grad than outputs=\(0,\)"):
+        loss(a(X), b(X)).backward()
+    loss(a(X), b(X)).backward()  # a warning would be an error
     npl.newton_loss(lambda y, t: (y / t.exp()).square().mean())(a(X), nn.Parameter(torch.zeros(()))).backward()
     npl.newton_loss(lambda y, other: (y - other).square().mean(), outputs=(0, 1))(a(X), b(X)).backward()
 

@@ -30,8 +30,8 @@ BUDGETS: list[tuple[dict[str, Any], int]] = [
     ({"structure": "diagonal", "damping": 0.1}, 23),
     ({"structure": "isotropic", "damping": 0.1}, 23),
     ({"structure": "per_sample", "damping": 0.1}, 24),
-    ({"curvature": "norm"}, 21),
-    ({"curvature": "hessian", "damping": 0.1}, 43),
+    ({"curvature": "norm"}, 26),
+    ({"curvature": "hessian", "damping": 0.1}, 48),
 ]
 DOORS: dict[str, Callable[..., Callable[[Tensor, Tensor], Tensor]]] = {
     "LossHook": lambda **options: _hooked(npl.LossHook(**options)),

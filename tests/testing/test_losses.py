@@ -196,3 +196,22 @@ def test_a_check_leaves_no_trace() -> None:
     assert all(torch.equal(v, before[k]) for k, v in loss.state_dict().items())
     assert found.gradient.ok
     assert found.coupling.verdict == bound.coupling.verdict == "coupled"
+
+
+@pytest.mark.parametrize("told", ["mean", "sum"])
+@pytest.mark.parametrize("is_a", ["mean", "sum", "neither"])
+def test_a_reduction_that_was_not_told_is_noticed_also_where_the_sum_is_written_by_hand(is_a: str, told: Any) -> None:
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        each = (y - t).square().sum(-1)
+        return {"mean": each.mean(), "sum": each.sum(), "neither": each.sum().sqrt()}[is_a]
+
+    y, t = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    found = check_loss(loss, y, t, reduction=told).reduction
+    assert found.verdict == is_a
+    assert found.status == ("ok" if is_a == told else "note")
+    assert found.remedy == ("" if is_a in ("neither", told) else f"give reduction={is_a!r} to newton_plugin")
+
+
+def test_targets_that_the_loss_function_holds_are_asked_for() -> None:
+    y, t = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    assert "pass its targets as arguments" in check_loss(lambda y: (y - t.to(y)).square().mean(), y).reduction.words

@@ -34,6 +34,7 @@ __all__ = [
 
 _HINT = "Larger is safer: damping -> infinity is plain gradient descent."
 _SLOW_DECAY = 0.999
+_ROUNDING = 1e-12  # of the scale, a square: gradients of a millionth of their usual size
 _LEAST = 1e-70  # least relative damping: the square of the smallest gradients, 1e-35
 
 
@@ -196,15 +197,25 @@ class AutoDamping(Damping):
 
 
 class BatchRelative(Damping):
-    """``c * mean_j |g_j|^2``, which is ``c m`` times the scale of the per-sample Fisher: that of SoftNormalization."""
+    """``c * mean_j |g_j|^2``, which is ``c m`` times the scale of the per-sample Fisher: that of SoftNormalization.
+
+    Where all gradients of a batch are zero but for rounding, the mean is bounded below by what is rounding against the
+    batches before.
+
+    Args:
+        ratio: c m.
+        slow: the slow mean of the scale, which goes on from step to step.
+    """
 
     bounded = True
 
-    def __init__(self, ratio: float) -> None:
+    def __init__(self, ratio: float, slow: RunningMean) -> None:
         self.ratio = ratio
+        self._slow = slow
 
     def value(self, scale: Tensor) -> Tensor:
-        return relative_damping(scale, self.ratio)
+        slow = self._slow.update_finite(scale, _SLOW_DECAY)  # that of a batch alone is made finite
+        return relative_damping(torch.maximum(scale, _ROUNDING * slow), self.ratio)
 
 
 def relative_damping(scale: Tensor, ratio: float) -> Tensor:

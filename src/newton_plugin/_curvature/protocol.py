@@ -139,8 +139,8 @@ class Curvature(ABC):
         A method with an argument of one of these names gets it too:
 
         * ``ranks``: the processes that share the batch. ``ranks.mean(total, N)`` is the sum of ``total`` over the
-          processes, divided by the sum of their N; N is a number or a tensor. A curvature without this argument works in one process, or with
-          sync=False.
+          processes, divided by the sum of their N; N is a number or a tensor. A curvature without this argument works
+          in one process, or with sync=False.
         * ``groups``, which structure "block" has to take: T, where the rows are those of T positions in each sample,
           (N T, m), sample by sample.
         * ``live``: the number of rows that have a gradient, no dimensions; None: all. Others belong to samples that the

@@ -52,6 +52,8 @@ from newton_plugin._step.splice import Flow, splice
 
 __all__ = ["BoundaryStep", "precondition", "take_steps"]
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass
 class BoundaryStep:
@@ -141,14 +143,13 @@ def precondition(
 
 def _can_wait(loss: Tensor, ends: Ends, settings: RuleSettings) -> bool:
     """Whether the steps may be made in the backward pass; the top of this file says why they may not."""
-    half = (torch.float16, torch.bfloat16)
     return (
         loss.ndim == 0
-        and loss.dtype not in half
+        and loss.dtype not in _HALF
         and settings.on_nonfinite == "keep"
         and not ends.one_size
         and len(ends.calls) == len(ends.boundaries)
-        and all(b.dtype not in half and b.certain for b in ends.boundaries)
+        and all(b.dtype not in _HALF and b.certain for b in ends.boundaries)
         and all(layout.rows for layout in ends.layouts)
         and not current_ranks(settings.sync).many
     )
@@ -221,7 +222,8 @@ def _steps_of_layer(
     live = live_rows(batch)
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(batch):
-        batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
+        if batch.dtype in _HALF:
+            batch = batch.to(working_dtype(batch.device))
         share = live.to(batch.dtype) / len(batch)
         batch = batch * share
     hessians = None

@@ -37,6 +37,11 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
     if isinstance(curvature, str):
         check_choice("curvature", curvature, _CURVATURES)
         if curvature == "norm":
+            if structure not in ("auto", "mean", "per_sample"):
+                raise ArgumentError(
+                    f"structure must be 'auto' or 'per_sample' with curvature='norm', which normalises each sample; "
+                    f"got {structure!r}. Leave it out, or take curvature='fisher'."
+                )
             return SoftNormalization()
         kind = {"fisher": EmpiricalFisher, "hessian": Hessian, "auto": AutoCurvature}[curvature]
         if structure == "auto":

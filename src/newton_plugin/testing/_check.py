@@ -17,6 +17,7 @@ from newton_plugin.testing._behaviour import coupling, definiteness, determinism
 from newton_plugin.testing._derivatives import Derivatives
 from newton_plugin.testing._doors import has_closed_form, taken_by
 from newton_plugin.testing._reasons import first_line, in_plain_words
+from newton_plugin.testing._reduction import reduction
 from newton_plugin.testing._report import Finding, LossReport, skipped
 from newton_plugin.testing._subject import Subject
 from newton_plugin.testing._transforms import by_func_gradient, by_func_hessian, by_func_per_sample
@@ -126,6 +127,8 @@ class _Check:
             self._skip_rest("there is no gradient")
             return
         found["determinism"] = _guarded(lambda: determinism(subject))
+        random = found["determinism"].verdict != "deterministic"
+        found["reduction"] = skipped("random numbers differ by batch") if random else reduction(subject)
         repeatable = found["determinism"].verdict != "unrepeatable"
         found["gradient_differences"] = derivatives.compare_gradient(repeatable)
         if found["gradient_differences"].status == "fails":

@@ -46,6 +46,7 @@ _SAID = ("fails", "not looked at")  # verdicts that only repeat the status
 
 _TITLES = {
     "evaluation": "the loss itself",
+    "reduction": "mean or sum",
     "gradient": "gradient, autograd",
     "gradient_differences": "  by finite differences",
     "hessian": "Hessian, double backward",
@@ -69,6 +70,8 @@ class LossReport:
         name: of the loss.
         samples, features: N and m.
         evaluation: the loss gives a finite number (or one for each sample) with a graph.
+        reduction: "mean", "sum", "neither" or "one loss for each sample", by a batch twice over; a note where it is
+            another one than was told.
         gradient: by ordinary backpropagation. "exact", "non-finite", "wrong" or "missing".
         gradient_differences: the gradient against central differences of the loss.
         hessian: by double backward, as the plugin takes it. "exact"; "zero", there is none to take; "missing", there
@@ -94,6 +97,7 @@ class LossReport:
     samples: int
     features: int
     evaluation: Finding
+    reduction: Finding
     gradient: Finding
     gradient_differences: Finding
     hessian: Finding

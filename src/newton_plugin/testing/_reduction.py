@@ -1,0 +1,53 @@
+"""Is the loss a mean or a sum over its samples? A batch twice over has the same mean and twice the sum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin.testing._report import Finding, skipped
+from newton_plugin.testing._subject import Subject
+
+__all__ = ["reduction"]
+
+
+def reduction(subject: Subject) -> Finding:
+    """How the loss adds up its samples, against what was told."""
+    samples = subject.outputs.shape[0]
+    try:
+        once = subject.call(subject.outputs.clone())
+        if isinstance(once, Tensor) and once.numel() > 1:
+            return Finding("ok", "one loss for each sample")
+        with subject.seeded():
+            args, kwargs = _twice(subject.args, samples), _twice(subject.kwargs, samples)
+            doubled = subject.loss_fn(_twice(subject.outputs, samples), *args, **kwargs)
+        ratio = float(doubled.detach() / once.detach())
+    except Exception:  # most often targets that the loss function holds
+        return skipped("the loss cannot be evaluated on the batch twice over; pass its targets as arguments")
+    found = {1: "mean", 2: "sum"}.get(round(ratio)) if math.isfinite(ratio) else None
+    if found is None or abs(ratio - round(ratio)) > 1e-4:
+        return Finding("note", "neither", f"a batch twice over has {ratio:.3g} times the loss: no mean and no sum")
+    if found == subject.reduction:
+        return Finding("ok", found, number=ratio)
+    return Finding(
+        "note",
+        found,
+        f"it is the {found} over the samples, and {subject.reduction!r} was told: steps are wrong by the number of "
+        "samples, squared where C is Fisher's",
+        f"give reduction={found!r} to newton_plugin",
+        number=ratio,
+    )
+
+
+def _twice(value: Any, samples: int) -> Any:
+    """Tensors with a row for each sample, twice over."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value]) if value.ndim and value.shape[0] == samples else value.clone()
+    if isinstance(value, dict):
+        return {key: _twice(item, samples) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_twice(item, samples) for item in value)
+    return value
