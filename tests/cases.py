@@ -28,7 +28,7 @@ ranking = RankingLoss("neural_sort", temperature=0.5)
 class Case(nn.Module):
     """A model, its loss, and what the boundary should turn out to be."""
 
-    nested = False  # whether a boundary behind another one is left out, with a warning
+    one_layer = False  # whether all boundaries are calls of one layer, whose rows are one batch
     feature_dims: int | None = None
 
     def __init__(self) -> None:
@@ -154,9 +154,7 @@ class DictOutput(TwoHeads):
 
 
 class IntermediateOutput(Case):
-    """A penalty on a hidden layer beside the loss: nested boundaries, of which the one nearest the loss counts."""
-
-    nested = True
+    """A penalty on a hidden layer, a term beside the outputs."""
 
     def forward(self, x: Tensor) -> Any:
         hidden = self.trunk(x)

@@ -21,9 +21,7 @@ def tokens(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 class Autoencoder(Case):
-    """A VAE: the reconstruction is the outputs; the KL term reaches mean and variance behind them, plain."""
-
-    nested = True
+    """A VAE: the reconstruction is the outputs; the KL term reaches mean and variance beside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +60,9 @@ class AuxiliaryLoss(TwoHeads):
 
 
 class SharedHead(TwoHeads):
-    """One head on two views of the input: two boundaries at one layer."""
+    """One head on two views of the input: two calls of one layer, one curvature."""
+
+    one_layer = True
 
     def forward(self, x: Tensor) -> Any:
         return tuple(self.head(torch.tanh(self.trunk(view))) for view in (x, x.flip(-1)))

@@ -60,7 +60,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
     ],
 }
 # What the rooms beside the core may use of its private modules; public names are free.
-OF_THE_CORE = {"algorithms": {"_errors", "_runtime"}, "convex": {"_errors"}, "bilevel": {"_errors"}}
+OF_THE_CORE = {"algorithms": {"_errors", "_runtime"}, "convex": {"_errors", "_runtime"}, "bilevel": {"_errors"}}
 
 
 def folder(package: str) -> Path:

@@ -23,8 +23,8 @@ def gradients_and_hessians(loss_of: Callable[[Tensor], Tensor], y: Tensor, mean:
 
 
 def live_samples(g: Tensor) -> int:
-    """How many samples have a gradient."""
-    return max(1, sum(bool(row.any()) for row in g))
+    """How many samples have a gradient; all if none has one."""
+    return sum(bool(row.any()) for row in g) or len(g)
 
 
 def power_solve(c: Tensor, damping: float, g: Tensor, power: float) -> Tensor:

@@ -234,11 +234,22 @@ class NewtonLosses(CallbackBase):
             # In manual optimization the k-th loss of a batch (a GAN's two, say) keeps a curvature of its own.
             self.hook(loss, name=f"loss{self._losses + 1}" if self._losses else "")
             if not self._told and self.hook.boundaries:
-                self._told = True
-                if trainer.is_global_zero:
-                    _logger_of(trainer).info("NewtonLosses: the step is taken at %s", self.hook.describe())
+                self._tell(trainer)
             self._hooked = True
             self._losses += 1
+
+    def _tell(self, trainer: Any) -> None:
+        """Say once what was found, and what does not fit."""
+        self._told = True
+        if trainer.is_global_zero:
+            _logger_of(trainer).info("NewtonLosses: the step is taken at %s", self.hook.describe())
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            warnings.warn(
+                "NewtonLosses with LBFGS: it compares values of the loss along the gradient, and the gradient is now a "
+                "step, not that of the value. Measured, it ends far from where it ends without (docs/choosing.md). "
+                "Use a first-order optimizer, or leave the callback out.",
+                stacklevel=2,
+            )
 
     def _unwrap(self) -> None:
         if self._patch is not None:

@@ -92,13 +92,24 @@ def test_a_reduction_that_was_not_told_is_noticed(loss: object, told: str, compu
 
 
 def test_a_cause_is_told_once_whatever_the_shapes() -> None:
-    """The same layer left out of batches of many sizes is one cause."""
-    net, hook = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(), npl.LossHook()
+    """The same tensor left out of batches of many sizes is one cause."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.first(x)
+            return hidden, self.second(torch.tanh(hidden))
+
+    net = nn.ModuleDict({"both": Both()})
+    hook = npl.LossHook(boundary="both", module=net)
 
     def train() -> None:
         for n in (6, 5, 4, 3):
-            hidden = net[0](X[:n])
-            hook(net[2](net[1](hidden)).square().mean() + 0.1 * hidden.square().mean()).backward()
+            hidden, y = net["both"](X[:n])
+            hook(y.square().mean() + 0.1 * hidden.square().mean()).backward()
 
     with pytest.warns(UserWarning, match="leaves one boundary out") as caught:
         train()

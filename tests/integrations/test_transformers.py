@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.twins import gradients_and_hessians, relative_error, step
+from tests.twins import gradients_and_hessians, live_samples, relative_error, step
 from torch import Tensor, nn
 
 import newton_plugin as npl
@@ -131,7 +131,9 @@ def surrogate_fit(model: Any, batches: list[Any], shift: bool, accumulate: int, 
             def loss_of(y: Tensor, labels: Tensor = labels) -> Tensor:
                 return F.cross_entropy(y, labels, label_smoothing=smoothing)
 
-            taken = step(*gradients_and_hessians(loss_of, logits), *rule, DAMPING)
+            g, h = gradients_and_hessians(loss_of, logits)
+            live = live_samples(g)  # a word that is certain has no gradient
+            taken = step(g, h, *rule, DAMPING, live) * (len(labels) / live)
             total = total + npl.quadratic_surrogate(logits, logits.detach() - taken, "sum") / items
         model.zero_grad()
         total.backward()

@@ -111,7 +111,7 @@ def surrogate_gradients(
     total = torch.zeros((), dtype=torch.float64)
     for x, t in batches:
         output = model(x)
-        gradients, steps, all_rows = [], [], []
+        gradients, all_rows = [], []
         for which, y in enumerate(model.boundaries(output)):
 
             def loss_of(rows: Tensor, which: int = which, y: Tensor = y, output: Any = output, t: Tensor = t) -> Tensor:
@@ -119,15 +119,20 @@ def surrogate_gradients(
 
             rows = model.rows(y)
             g, h = gradients_and_hessians(loss_of, rows)
-            gradients.append(g)
-            steps.append(step(g, h, curvature, structure, power, DAMPING))
+            gradients.append((g, h))
             all_rows.append(rows)
+        calls = len(all_rows) if model.one_layer else 1
+        if model.one_layer:  # one batch, whose mean is over the rows of all calls
+            g, h = (torch.cat([calls * pair[k] for pair in gradients]) for k in (0, 1))
+            steps = list(step(g, h, curvature, structure, power, DAMPING).chunk(calls))
+        else:
+            steps = [step(g, h, curvature, structure, power, DAMPING) for g, h in gradients]
         size = 1.0
-        if curvature == "norm":  # a relative damping: the loss has one size
-            steps, size = in_one_size(gradients, steps, 0.5)
+        if curvature == "norm" and not model.one_layer:  # a relative damping: the loss has one size
+            steps, size = in_one_size([g for g, _ in gradients], steps, 0.5)
         total = total + size * model.plain(output)
         for rows, taken in zip(all_rows, steps, strict=True):
-            total = total + npl.quadratic_surrogate(rows, rows.detach() - taken.reshape(rows.shape))
+            total = total + npl.quadratic_surrogate(rows, rows.detach() - taken.reshape(rows.shape)) / calls
     named = [p for p in named if p.requires_grad]
     grads = torch.autograd.grad(total / len(batches), named, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(named, grads, strict=True)]

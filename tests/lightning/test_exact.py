@@ -195,7 +195,8 @@ def test_closure_optimizers_run_the_step_several_times(pl: Any) -> None:
 
     batches = batches_of(Functional, 2)
     module = case_module(pl, Functional, configure_optimizers=configure_optimizers)
-    trainer(pl, NewtonLosses()).fit(module, Batches(batches))
+    with pytest.warns(UserWarning, match="LBFGS: it compares values of the loss along the gradient"):
+        trainer(pl, NewtonLosses()).fit(module, Batches(batches))
 
     twin, hook = case_module(pl, Functional), LossHook()
     optimizer = torch.optim.LBFGS(twin.parameters(), lr=0.1, max_iter=5)

@@ -69,7 +69,7 @@ def test_its_arguments_follow(script: Any) -> None:
     arguments = ["damping=0.1", "structure=isotropic", "prog_bar=true", "log=false"]
     more = [f"--trainer.callbacks.{a}" for a in arguments]
     (newton,) = newton_of(script("--trainer.callbacks+=NewtonLosses", *more, "--trainer.fast_dev_run=1", *QUIET))
-    assert repr(newton.hook) == "LossHook(damping=0.1, structure='isotropic')"
+    assert repr(newton.hook).startswith("LossHook(damping=0.1, structure='isotropic')")
     assert newton.prog_bar
     assert not newton.log_diagnostics
 

@@ -24,13 +24,13 @@ FREE = {
 }
 
 BUDGETS: list[tuple[dict[str, Any], int]] = [
-    ({}, 33),
-    ({"structure": "mean"}, 45),
-    ({"structure": "mean", "damping": 0.1}, 25),
-    ({"structure": "diagonal", "damping": 0.1}, 23),
-    ({"structure": "isotropic", "damping": 0.1}, 23),
-    ({"structure": "per_sample", "damping": 0.1}, 24),
-    ({"curvature": "norm"}, 26),
+    ({}, 34),
+    ({"structure": "mean"}, 46),
+    ({"structure": "mean", "damping": 0.1}, 26),
+    ({"structure": "diagonal", "damping": 0.1}, 24),
+    ({"structure": "isotropic", "damping": 0.1}, 24),
+    ({"structure": "per_sample", "damping": 0.1}, 25),
+    ({"curvature": "norm"}, 27),
     ({"curvature": "hessian", "damping": 0.1}, 48),
 ]
 DOORS: dict[str, Callable[..., Callable[[Tensor, Tensor], Tensor]]] = {

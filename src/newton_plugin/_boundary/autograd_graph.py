@@ -2,9 +2,6 @@
 
 An *edge* (node, index) stands for one tensor of the forward pass: the index-th output of the operation whose backward
 is ``node``. The *consumers* of an edge are the operations that used the tensor.
-
-Two marks can be left on the node of a loss: where the loss already takes a Newton step (:func:`mark_preconditioned`),
-and the Hessian that the loss brings itself (:func:`mark_hessian`).
 """
 
 from __future__ import annotations
@@ -20,6 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from newton_plugin._boundary.marks import (
+    is_preconditioned,
+    known_hessian,
+    mark_hessian,
+    mark_preconditioned,
+    preconditioned_edges,
+)
 from newton_plugin._errors import PADDED, ArgumentTypeError, as_real
 
 __all__ = [
@@ -41,7 +45,6 @@ __all__ = [
     "make_boundary",
     "mark_hessian",
     "mark_preconditioned",
-    "on_one_path",
     "operation",
     "preconditioned_edges",
     "reduction_of",
@@ -50,9 +53,6 @@ __all__ = [
 
 Edge = tuple[Node, int]
 Consumers = dict[Edge, list[tuple[Node, int]]]
-
-_MARK = "newton_plugin"
-_HESSIAN = "newton_plugin_hessian"
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,14 @@ def edge_shape(edge: Edge) -> tuple[int, ...]:
     Raises:
         ArgumentTypeError: a nested tensor, which has no rows of equal length.
     """
-    metadata = edge_metadata(edge)
-    if metadata.is_nested if is_leaf(edge[0]) else metadata.is_nested_tensor:
+    node, index = edge
+    if is_leaf(node):
+        metadata: Any = node.variable  # type: ignore[attr-defined]
+        nested = metadata.is_nested
+    else:
+        metadata = node._input_metadata[index]  # type: ignore[attr-defined]
+        nested = metadata.is_nested_tensor
+    if nested:
         raise ArgumentTypeError(
             f"the loss was computed from a nested tensor ({operation(edge[0])}), which has no shape. {PADDED}"
         )
@@ -212,7 +218,13 @@ def upstream_edges(start: Edge, wanted: Iterable[Edge]) -> set[Edge]:
     return found
 
 
-def make_boundary(name: str, edge: Edge, graph: LossGraph) -> Boundary:
+def make_boundary(
+    name: str,
+    edge: Edge,
+    graph: LossGraph,
+    features: tuple[int, ...] | None = None,
+    layer: Hashable | None = None,
+) -> Boundary:
     """The boundary at ``edge``; ``graph`` is the part of the loss's graph that leads there."""
     metadata = edge_metadata(edge)
     if metadata.dtype.is_complex:
@@ -230,6 +242,8 @@ def make_boundary(name: str, edge: Edge, graph: LossGraph) -> Boundary:
         torch.device(metadata.device),
         tuple((node, tuple(positions)) for node, positions in grouped.items()),
         len(grouped) == 1 or all(_always_sends(node.name()) for node in graph.nodes),
+        features,
+        layer,
     )
 
 
@@ -281,40 +295,3 @@ def elements_between(gradient: Tensor, edge: Edge) -> int:
         return 0
     nodes = explore(gradient.grad_fn, edge.__eq__).nodes
     return sum(math.prod(tensor.shape) for node in nodes if not is_leaf(node) for tensor in node._input_metadata)  # type: ignore[attr-defined]
-
-
-def mark_preconditioned(node: Node, edges: Iterable[Edge]) -> None:
-    """Note on the node of a loss at which edges it takes a Newton step, so that no second one is taken there."""
-    _metadata(node)[_MARK] = preconditioned_edges(node).union(edges)
-
-
-def preconditioned_edges(node: Node) -> frozenset[Edge]:
-    """The edges at which :func:`mark_preconditioned` noted a Newton step; empty for most nodes."""
-    return _metadata(node).get(_MARK, frozenset())
-
-
-def is_preconditioned(node: Node) -> bool:
-    """Whether this is the node of a loss that already takes a Newton step."""
-    return bool(preconditioned_edges(node))
-
-
-def mark_hessian(node: Node, edge: Edge, blocks: Callable[[], Tensor]) -> None:
-    """Note on the node of a loss that ``blocks()`` is its Hessian with respect to the tensor at ``edge``."""
-    _metadata(node)[_HESSIAN] = (edge, blocks)
-
-
-def known_hessian(node: Node) -> tuple[Edge, Callable[[], Tensor]] | None:
-    """The edge and the function that :func:`mark_hessian` noted; None where it noted nothing."""
-    return _metadata(node).get(_HESSIAN)
-
-
-def on_one_path(edge: Edge, others: Iterable[Edge]) -> bool:
-    """Whether ``edge`` is among ``others``, was computed from one of them, or is what one of them was computed from."""
-    others = set(others)
-    return (
-        edge in others or bool(upstream_edges(edge, others)) or any(upstream_edges(other, [edge]) for other in others)
-    )
-
-
-def _metadata(node: Node) -> dict[str, Any]:
-    return node.metadata  # type: ignore[return-value]  # a property that torch annotates as a method

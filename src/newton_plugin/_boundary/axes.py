@@ -29,7 +29,9 @@ __all__ = [
 
 ONE_SAMPLE = -1
 TRANSPOSITIONS = frozenset(("Permute", "T", "Transpose"))
+_RECURRENT = frozenset(("CudnnRnn", "MiopenRnn", "MkldnnRnnLayer"))
 _TIME_FIRST = frozenset(("CtcLoss", "CudnnCtcLoss"))
+_TELLING = _TIME_FIRST | {"NllLoss"}
 _ELEMENTWISE = frozenset(
     ("LogSoftmax", "Softmax", "Clone", "Alias", "ToCopy", "Add", "Sub", "Mul", "Div", "LogSigmoid")
 )
@@ -45,22 +47,28 @@ def signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number
 
 
-def permutation(node: Node, ndim: int) -> list[int]:
-    """Of a transposition of ``ndim`` dimensions: which dimension of its input each dimension of its output is."""
+def permutation(node: Node, ndim: int) -> list[int] | None:
+    """Of a transposition of ``ndim`` dimensions: which dimension of its input each dimension of its output is.
+
+    None where it does not tell: a user's ``autograd.Function`` may have any name.
+    """
     order = list(range(ndim))
     if operation(node) == "T":
         return order[::-1]
-    if operation(node) == "Permute":
+    if hasattr(node, "_saved_dims"):
         return [signed(d) % ndim for d in node._saved_dims]  # type: ignore[attr-defined]
-    first, second = (signed(d) % ndim for d in (node._saved_dim0, node._saved_dim1))  # type: ignore[attr-defined]
-    order[first], order[second] = second, first
-    return order
+    if hasattr(node, "_saved_dim0"):
+        first, second = (signed(d) % ndim for d in (node._saved_dim0, node._saved_dim1))  # type: ignore[attr-defined]
+        order[first], order[second] = second, first
+        return order
+    return None
 
 
 def axis_after(node: Node, axis: int, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
     """The axis behind an operation that keeps all numbers; None: it is not whole any more, or not known."""
     if operation(node) in TRANSPOSITIONS:
-        return axis if axis == ONE_SAMPLE else permutation(node, len(before)).index(axis)
+        order = permutation(node, len(before))
+        return axis if axis == ONE_SAMPLE else None if order is None else order.index(axis)
     if before == after:
         return axis
     if axis == ONE_SAMPLE:
@@ -75,13 +83,17 @@ def axis_after(node: Node, axis: int, before: tuple[int, ...], after: tuple[int,
     return 0 if ahead == 1 or after[:1] == (ahead * length,) else None
 
 
-def axis_of_layer(node: Node, layers: Layers) -> int:
-    """The axis of what a layer returns: behind the dimension that its parameters have in common with its outputs.
+def axis_of_layer(edge: Edge, layers: Layers) -> int:
+    """The axis of what a layer returns.
 
-    A batched product (K, N, D) @ (K, D, C) applies K matrices to K batches. Where one matrix was expanded to K, the K
-    are samples.
+    A recurrent kernel says whether time is first; oneDNN's has it first whatever it says. Its states (layers, N, H)
+    have the samples second. A batched product (K, N, D) @ (K, D, C) applies K matrices to K batches; where one matrix
+    was expanded to K, the K are samples.
     """
+    node, index = edge
     name = operation(node)
+    if name in _RECURRENT and len(edge_shape(edge)) == 3:
+        return 0 if name != "MkldnnRnnLayer" and index == 0 and node._saved_batch_first else 1  # type: ignore[attr-defined]
     if name not in ("Bmm", "Baddbmm"):
         return 0
     left, right = node.next_functions[-2:]
@@ -107,9 +119,10 @@ def _is_stacked(weight: Edge) -> bool:
     return True
 
 
-def stacking_dimension(stacked: Edge) -> int:
-    """The new dimension of a stack."""
-    return signed(stacked[0]._saved_dim) % len(edge_shape(stacked))  # type: ignore[attr-defined]
+def stacking_dimension(edge: Edge) -> int | None:
+    """The new dimension of a stack; None for any other tensor."""
+    dim = getattr(edge[0], "_saved_dim", None) if operation(edge[0]) == "Stack" else None
+    return None if dim is None else signed(dim) % len(edge_shape(edge))
 
 
 def told_by(nodes: Iterable[Node], operations: Set[str]) -> dict[Edge, int]:
@@ -120,31 +133,33 @@ def told_by(nodes: Iterable[Node], operations: Set[str]) -> dict[Edge, int]:
         operations: the names of what they are.
     """
     told: dict[Edge, int] = {}
-    for node in nodes if operations & _TELLING else ():
-        name = operation(node)
-        if name in _TELLING:
-            child, index = node.next_functions[0]
-            if child is None:
-                continue
-            edge, axis = (child, index), 1 if name in _TIME_FIRST else 0
-            if len(edge_shape(edge)) == 1 + axis:
-                axis = ONE_SAMPLE
-            while axis is not None and not is_leaf(edge[0]):
-                told[edge] = axis
-                inputs = list(children(edge[0]))
-                if len(inputs) != 1:
-                    break
-                axis = _axis_before(edge, axis, inputs[0])
-                edge = inputs[0]
-    # What nothing special is told about is left as it was found.
-    return {edge: axis for edge, axis in told.items() if axis != 0}
+    if operations.isdisjoint(_TELLING):
+        return told
+    for node in nodes:
+        first = operation(node) in _TIME_FIRST
+        child, index = node.next_functions[0]
+        if child is None or not (first or operation(node) == "NllLoss"):
+            continue
+        edge, ndim = (child, index), len(edge_shape((child, index)))
+        axis = ONE_SAMPLE if ndim == 1 + first else 1
+        if axis == 1 and not first:
+            continue  # (N, C): the first dimension counts, as everywhere
+        while axis is not None and not is_leaf(edge[0]):
+            told[edge] = axis
+            inputs = list(children(edge[0]))
+            if len(inputs) != 1:
+                break
+            axis = _axis_before(edge, axis, inputs[0])
+            edge = inputs[0]
+    return told
 
 
 def _axis_before(edge: Edge, axis: int, source: Edge) -> int | None:
     """The axis of the only tensor that ``edge`` was computed from, given that of ``edge``; None: not known."""
     before, after, name = edge_shape(source), edge_shape(edge), operation(edge[0])
     if name in TRANSPOSITIONS:
-        return axis if axis == ONE_SAMPLE else permutation(edge[0], len(after))[axis]
+        order = permutation(edge[0], len(after))
+        return axis if axis == ONE_SAMPLE else None if order is None else order[axis]
     if name == "Unsqueeze" and axis != ONE_SAMPLE and after == (*before[:axis], 1, *before[axis:]):
         return ONE_SAMPLE
     return axis if name in _ELEMENTWISE and before == after else None

@@ -7,6 +7,7 @@ loss, whether or not parameters enter there element by element: a temperature, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +26,7 @@ from newton_plugin._boundary.finder import Cut, Part, boundaries_at, describe
 from newton_plugin._boundary.layers import Layers
 from newton_plugin._boundary.names import layer_name, parameter_names
 from newton_plugin._boundary.nested import merge_nested
-from newton_plugin._boundary.opaque import hides_parameters, is_scripted
+from newton_plugin._boundary.opaque import SCRIPTED, hides_parameters, is_scripted
 from newton_plugin._boundary.parts import parts_of
 from newton_plugin._boundary.terms import is_combination_of_terms, without_terms
 from newton_plugin._boundary.towards_loss import towards_loss
@@ -88,9 +89,11 @@ class GraphFinder:
                 edges[edge] = edges[edge]._replace(axis=axis)
         cut = boundaries_at(without_terms(edges), graph)
         cut.transposed, cut.nested = transposed, nested
-        cut.parts = parts_of(edges, graph, layers)
+        cut.parts = parts_of(edges, graph, layers, operations)
         cut.beside = names_of(beside_in(graph, cut.boundaries), self._names, layers)
-        cut.hidden = [node.name() for node in graph.nodes if hides_parameters(node) or is_scripted(node)]
+        cut.hidden = [node.name() for node in graph.nodes if hides_parameters(node)]
+        if SCRIPTED in operations:
+            cut.hidden += [node.name() for node in graph.nodes if is_scripted(node)]
         if operations <= _REDUCTIONS:
             # The loss only adds up what a script returned: it has been computed inside.
             cut.hidden += [edge[0].name() for edge in graph.stops if is_scripted(edge[0])]
@@ -101,12 +104,15 @@ class GraphFinder:
         return cut
 
     def _part(self, edge: Edge, layers: Layers, number: int) -> Part:
-        """The layer that owns the boundary. Each output of an operation counts as another layer."""
+        """What is known about a layer's output. Each output of an operation counts as another layer."""
         name = layer_name(edge[0], self._names, layers) or f"output{number}"
-        applied = frozenset((held, edge[1]) for held in layers.applied_by(edge[0]))
-        return Part(name, applied or None, axis_of_layer(edge[0], layers), frozenset([edge]))
+        applied = frozenset([(held, edge[1]) for held in layers.applied_by(edge[0])])
+        return Part(name, applied or None, axis_of_layer(edge, layers), frozenset([edge]))
 
 
 def _may_be_outputs(edge: Edge, layers: Layers) -> bool:
     """Whether a layer ends at the edge, on data: not a combination of terms of the loss."""
-    return layers.ends_here(edge[0]) and bool(edge_shape(edge)) and not is_combination_of_terms(edge, layers)
+    if not layers.ends_here(edge[0]):
+        return False
+    shape = edge_shape(edge)
+    return bool(shape) and (math.prod(shape[:-1]) > 1 or not is_combination_of_terms(edge, layers))

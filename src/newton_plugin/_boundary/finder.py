@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from newton_plugin._boundary.autograd_graph import (
     LossGraph,
     edge_shape,
     make_boundary,
-    on_one_path,
     operation,
     preconditioned_edges,
     upstream_edges,
@@ -113,9 +112,8 @@ def boundaries_at(edges: Mapping[Edge, Part], graph: LossGraph) -> Cut:
         elif not graph.consumers.get(edge):
             cut.left_out.append(f"{_shown(edge, name)}: the loss does not use it directly")
         else:
-            cut.boundaries.append(
-                replace(make_boundary(name, edge, graph), layer=layer, features=features_of(axis, edge_shape(edge)))
-            )
+            features = features_of(axis, edge_shape(edge)) if axis else None
+            cut.boundaries.append(make_boundary(name, edge, graph, features, layer))
     if not cut.boundaries:
         cut.description = describe(graph)
     return cut
@@ -133,7 +131,15 @@ def free_boundaries(loss: Tensor, boundaries: list[Boundary]) -> list[Boundary]:
     """
     assert loss.grad_fn is not None
     stepped = preconditioned_edges(loss.grad_fn)
-    return [b for b in boundaries if not on_one_path(b.graph_edge, stepped)] if stepped else boundaries
+    return [b for b in boundaries if not _on_one_path(b.graph_edge, stepped)] if stepped else boundaries
+
+
+def _on_one_path(edge: Edge, others: Iterable[Edge]) -> bool:
+    """Whether ``edge`` is among ``others``, was computed from one of them, or is what one of them was computed from."""
+    others = set(others)
+    return (
+        edge in others or bool(upstream_edges(edge, others)) or any(upstream_edges(other, [edge]) for other in others)
+    )
 
 
 def describe(graph: LossGraph, limit: int = 12) -> str:

@@ -18,39 +18,17 @@ A *weight* was computed from parameters and constants alone. Data, like a consta
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, edge_shape, is_leaf, operation
 from newton_plugin._boundary.opaque import hidden_parameters, hides_parameters
+from newton_plugin._boundary.operations import ELEMENTWISE, LOOKUPS, PRODUCTS, REARRANGE, WEIGHTED, is_layer_name
+from newton_plugin._boundary.weights import Weights
 
 __all__ = ["Layers"]
-
-_PRODUCTS = frozenset(("Mm", "Bmm", "Mv"))
-_WEIGHTED = _PRODUCTS | {"Addmm", "Addmv", "Baddbmm", "Addbmm", "Convolution", "ConvolutionOverrideable", "Dot"}
-# Parts of the names of operations that apply parameters to data, or pick from parameters by data, whatever the shapes.
-_NAMES = (
-    *("mm", "mv", "conv", "batchnorm", "layernorm", "groupnorm", "rmsnorm", "rnn", "lstm", "gru", "attention"),
-    *("embedding", "index", "gather", "compiledfunction", "differentiablegraph"),
-)
-_LOOKUPS = frozenset(("Index", "IndexSelect", "Gather", "Take", "TakeAlongDim"))
-# Element by element: with a parameter they are arithmetic of a loss where a layer lies below.
-_ELEMENTWISE = frozenset(("Add", "Sub", "Rsub", "Mul", "Div", "Pow", "Maximum", "Minimum", "Where", "Addcmul")) | {
-    *("Addcdiv", "Lerp", "LogAddExp", "Logaddexp", "Atan2", "Xlogy", "PreluKernel", "MseLoss", "SmoothL1Loss"),
-    *("HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "KlDiv", "Hypot", "Fmax", "Fmin"),
-}
-# They change the places, the shape or the dtype of a weight's numbers, or choose among them.
-_REARRANGE = frozenset(
-    ("Alias", "AsStrided", "Cat", "Clone", "ConstantPadNd", "Contiguous", "CopySlices", "Expand")
-) | {
-    *("Flip", "Gather", "Index", "IndexPut", "IndexSelect", "MaskedFill", "MaskedScatter", "Permute", "Repeat"),
-    *("ReshapeAlias", "Roll", "Scatter", "ScatterAdd", "Select", "SelectScatter", "Slice", "SliceScatter", "Squeeze"),
-    *("Stack", "T", "ToCopy", "Transpose", "Tril", "Triu", "Unfold", "UnsafeView", "Unsqueeze", "View", "Where"),
-}
 
 
 class Layers:
@@ -58,7 +36,7 @@ class Layers:
 
     def __init__(self) -> None:
         self._parameters: dict[Node, bool] = {}
-        self._weights: dict[Node, bool] = {}
+        self._weights = Weights()
         self._below: dict[Node, bool] = {}
 
     def is_parameter(self, node: Node) -> bool:
@@ -104,13 +82,14 @@ class Layers:
 
     def parameters_of(self, node: Node) -> frozenset[Node]:
         """The leaves that an operation applies: of its inputs that were computed from parameters alone."""
-        found, stack = set(), [child for child, _ in children(node) if self.is_parameter(child)]
+        found = set()
+        stack = [child for child, _ in node.next_functions if child is not None and self.is_parameter(child)]
         while stack:
             current = stack.pop()
             if is_leaf(current):
                 found.add(current)
             else:
-                stack += [child for child, _ in children(current)]
+                stack += [child for child, _ in current.next_functions if child is not None]
         return frozenset(found)
 
     def applied_by(self, node: Node) -> set[int]:
@@ -120,8 +99,8 @@ class Layers:
         """
         if _is_derivative(node):
             return set()
-        shown = {id(leaf.variable) for leaf in self.parameters_of(node)}  # type: ignore[attr-defined]
-        return shown.union(map(id, hidden_parameters(node)))
+        applied = {id(leaf.variable) for leaf in self.parameters_of(node)}  # type: ignore[attr-defined]
+        return applied.union(map(id, hidden_parameters(node))) if hides_parameters(node) else applied
 
     def ends_here(self, node: Node) -> bool:
         """Whether the operation is a layer, so that what it returns may be outputs."""
@@ -136,14 +115,14 @@ class Layers:
                     break
         name = operation(node)
         if owns:
-            return name not in _ELEMENTWISE or not self._has_layer_below(node)
-        if name in _WEIGHTED:
-            return any(self.is_weight(child) for child, _ in children(node))
+            return name not in ELEMENTWISE or not self._has_layer_below(node)
+        if name in WEIGHTED:
+            return any(self._weights.is_weight(child) for child, _ in children(node))
         return hides_parameters(node)
 
     def is_lookup(self, node: Node) -> bool:
         """Whether the operation picks from a parameter by index: an embedding written by hand, or transition scores."""
-        return operation(node) in _LOOKUPS and self.owns_parameters(node)
+        return operation(node) in LOOKUPS and self.owns_parameters(node)
 
     def is_bias(self, node: Node, position: int) -> bool:
         """Whether the operation adds a parameter, or entries of one, to its input at ``position``."""
@@ -156,79 +135,25 @@ class Layers:
         return other is not None and (self.is_parameter(other) or self._is_lookup_chain(other))
 
     def _is_lookup_chain(self, node: Node) -> bool:
-        while operation(node) in _REARRANGE and operation(node) not in _LOOKUPS:
+        while operation(node) in REARRANGE and operation(node) not in LOOKUPS:
             inputs = list(children(node))
             if len(inputs) != 1:
                 return False
             node = inputs[0][0]
         return self.is_lookup(node)
 
+    def is_weight(self, node: Node) -> bool:
+        """Whether a factor of a product is a weight; see ``weights.py``."""
+        return self._weights.is_weight(node)
+
     def _is_weighted(self, node: Node) -> bool:
         """Whether the operation is a product or a convolution, one of whose factors is a weight."""
-        if operation(node) not in _WEIGHTED:
+        if operation(node) not in WEIGHTED:
             return False
         inputs = [child for child, _ in children(node)]
         if any(self.is_parameter(child) for child in inputs):
             return True
-        return any(self.is_weight(child) for child in inputs)
-
-    def is_weight(self, node: Node) -> bool:
-        """Whether a factor of a product is a weight: a parameter rearranged, rescaled, updated or normalised.
-
-        That is: a parameter's numbers in other places; or an element-by-element function of a weight of the same shape
-        and of what was computed from that weight (``w / sigma``, ``w - lr * gradient``); or any function of weights
-        alone (``matrix_exp(a)``); or a constant square matrix times a weight (an orthogonal weight and its base).
-        """
-        stack, known = [node], self._weights
-        while stack:
-            current = stack[-1]
-            if current in known:
-                stack.pop()
-                continue
-            wanted = self._weight_inputs(current)
-            if isinstance(wanted, bool):
-                known[current] = wanted
-            else:
-                inputs, enough = wanted
-                unknown = [child for child in inputs if child not in known and child not in stack]
-                if unknown:
-                    stack.append(unknown[0])
-                    continue
-                known[current] = enough([known.get(child, False) for child in inputs])
-            stack.pop()
-        return known[node]
-
-    def _weight_inputs(self, node: Node) -> bool | tuple[list[Node], Any]:
-        """The verdict; or the inputs on which it depends, and whether any of them or all have to be weights."""
-        if is_leaf(node):
-            return True
-        name = operation(node)
-        inputs = list(children(node))
-        if not inputs:
-            return False
-        if name in _REARRANGE:
-            return [child for child, _ in inputs], all
-        shape = edge_shape((node, 0))
-        if name in _ELEMENTWISE:
-            same = [child for child, index in inputs if edge_shape((child, index)) == shape]
-            if not same:
-                return [child for child, _ in inputs], all
-            others = [child for child, index in inputs if edge_shape((child, index)) != shape]
-            return same, functools.partial(self._keeps_to_weights, same, others)
-        if name in _WEIGHTED:
-            # A constant square matrix times a weight that was computed: the base of an orthogonal weight. Data times a
-            # parameter may have the same shape by chance, but its parameter is used as it is.
-            based = len(inputs) == 1 and name in _PRODUCTS and edge_shape(inputs[0]) == shape
-            return ([inputs[0][0]], all) if based and not _is_rearranged_leaf(inputs[0][0]) else False
-        if _is_layer_name(node.name()) or any(child is None for child, _ in node.next_functions):
-            return False
-        return [child for child, _ in inputs], all
-
-    def _keeps_to_weights(self, same: list[Node], others: list[Node], verdicts: list[bool]) -> bool:
-        """Whether one of ``same`` is a weight, and all other inputs are weights or were computed from that one."""
-        weights = [child for child, weight in zip(same, verdicts, strict=True) if weight]
-        rest = [child for child, weight in zip(same, verdicts, strict=True) if not weight] + others
-        return bool(weights) and all(self.is_weight(child) or _depends_on_leaf_of(child, weights) for child in rest)
+        return any(self._weights.is_weight(child) for child in inputs)
 
     def _has_layer_below(self, node: Node) -> bool:
         """Whether the inputs that are no parameters were computed by a layer."""
@@ -251,54 +176,26 @@ class Layers:
 
     def _is_layer(self, node: Node) -> bool:
         """Whether the operation is a layer whatever lies below; a lookup alone is none."""
-        if operation(node) in _LOOKUPS or operation(node) in _ELEMENTWISE:
+        if operation(node) in LOOKUPS or operation(node) in ELEMENTWISE:
             return False
         return self._is_weighted(node) or self.owns_parameters(node) or hides_parameters(node)
 
 
 def _is_derivative(node: Node) -> bool:
     """Whether the operation belongs to the backward pass of a layer: it transposes a weight that was transposed."""
-    if "BackwardBackward" in node.name():
-        return True
-    twice = [source for child, _ in children(node) if operation(child) == "T" for source, _ in children(child)]
-    return any(operation(source) == "T" for source in twice)
-
-
-def _depends_on_leaf_of(node: Node, weights: list[Node]) -> bool:
-    """Whether a tensor was computed from a leaf that the first of ``weights`` was computed from, too."""
-    leaf = weights[0]
-    while not is_leaf(leaf):
-        leaf = next(children(leaf))[0]
-    stack, seen = [node], {node}
-    while stack:
-        for child, _ in children(stack.pop()):
-            if child is leaf:
+    for child, _ in node.next_functions:
+        if child is not None and operation(child) == "T":
+            (source, _), *_ = child.next_functions
+            if source is not None and operation(source) == "T":
                 return True
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return False
-
-
-def _is_rearranged_leaf(node: Node) -> bool:
-    while not is_leaf(node):
-        inputs = list(children(node))
-        if operation(node) not in _REARRANGE or len(inputs) != 1:
-            return False
-        node = inputs[0][0]
-    return True
+    return "BackwardBackward" in node.name()
 
 
 def _at_sight(node: Node) -> bool | None:
     """:meth:`Layers.is_parameter` for a leaf and for what has the name of a layer; None for all else."""
     if is_leaf(node):
         return True
-    return False if _is_layer_name(node.name()) else None
-
-
-@functools.cache
-def _is_layer_name(name: str) -> bool:
-    return any(word in name.lower() for word in _NAMES) and name.split("Backward")[0] not in _PRODUCTS
+    return False if is_layer_name(node.name()) else None
 
 
 def _made_of_parameters(node: Node) -> bool:
@@ -307,7 +204,7 @@ def _made_of_parameters(node: Node) -> bool:
     inputs = [edge for edge in edges if edge[0] is not None]
     if not inputs or len(inputs) == len(edges):
         return bool(inputs)
-    if operation(node) in _PRODUCTS:
+    if operation(node) in PRODUCTS:
         return False  # the other factor requires no grad: it is data
     try:
         return edge_shape((node, 0)) == torch.broadcast_shapes(*(edge_shape(edge) for edge in inputs))  # type: ignore[arg-type]

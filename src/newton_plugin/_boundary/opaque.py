@@ -13,7 +13,9 @@ from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, is_leaf, operation
 
-__all__ = ["hidden_parameters", "hides_parameters", "is_scripted"]
+__all__ = ["SCRIPTED", "hidden_parameters", "hides_parameters", "is_scripted"]
+
+SCRIPTED = "DifferentiableGraph"
 
 
 def hides_parameters(node: Node) -> bool:
@@ -60,4 +62,4 @@ def _parameters_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 def is_scripted(node: Node) -> bool:
     """Whether torch.jit has made one operation of what it applies parameters to."""
-    return operation(node) == "DifferentiableGraph" and any(is_leaf(child) for child, _ in children(node))
+    return operation(node) == SCRIPTED and any(is_leaf(child) for child, _ in children(node))

@@ -8,7 +8,7 @@ couples its own rows (a softmax over them, a sort, differences of pairs); and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from torch.autograd.graph import Node
 
@@ -35,8 +35,16 @@ _ROWWISE_LOSSES = frozenset(("NllLoss", "MseLoss", "SmoothL1Loss", "HuberLoss", 
 _REDUCTIONS = _SUMS | _ROWWISE_LOSSES
 
 
-def parts_of(edges: Mapping[Edge, Part], graph: LossGraph, layers: Layers) -> list[str]:
-    """In words, the outputs whose parts are samples of the loss: split along the batch, or one call for each."""
+def parts_of(edges: Mapping[Edge, Part], graph: LossGraph, layers: Layers, operations: Set[str]) -> list[str]:
+    """In words, the outputs whose parts are samples of the loss: split along the batch, or one call for each.
+
+    Args:
+        edges: the boundaries.
+        graph, layers: of the loss.
+        operations: the names of what the nodes of the loss are.
+    """
+    if len(edges) < _FEWEST_CALLS and operations.isdisjoint(_SPLITS | _PICKS):
+        return []
     found = []
     calls: dict[frozenset[object], list[Edge]] = {}
     for edge, part in edges.items():
@@ -78,8 +86,9 @@ def _along_rows(node: Node) -> bool:
     dim = getattr(node, "_saved_dim", None)
     if isinstance(dim, int):
         return dim == 0
-    if operation(node) == "Index":
-        return node._saved_indices[0] is not None  # type: ignore[attr-defined]
+    indices = getattr(node, "_saved_indices", None)
+    if indices:
+        return indices[0] is not None
     return operation(node) == "MaskedSelect"
 
 

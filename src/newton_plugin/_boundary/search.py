@@ -85,17 +85,15 @@ class BoundarySearch:
                 f"boundary={self.boundary!r} names a part of the model, which the hook does not know. "
                 "Pass it: LossHook(..., module=model)."
             )
+        if not self._names:
+            return self.finders[0](loss)
         assert loss.grad_fn is not None
         cuts = [finder(loss) for finder in self.finders]
         boundaries = list({b.graph_edge: b for cut in cuts for b in cut.boundaries}.values())
         return Cut(
             boundaries,
             left_out=[words for cut in cuts for words in cut.left_out],
-            transposed=[words for cut in cuts for words in cut.transposed],
-            hidden=[name for cut in cuts for name in cut.hidden],
-            beside=names_of(beside(loss.grad_fn, boundaries), self._parameters) if self._names else cuts[0].beside,
-            nested=[words for cut in cuts for words in cut.nested],
-            parts=[words for cut in cuts for words in cut.parts],
+            beside=names_of(beside(loss.grad_fn, boundaries), self._parameters),
             description="; ".join(cut.description for cut in cuts),
             preconditioned=any(cut.preconditioned for cut in cuts),
         )

@@ -29,10 +29,8 @@ _SAME_NUMBERS = frozenset(("Squeeze", "View", "UnsafeView", "ReshapeAlias", "ToC
 def is_combination_of_terms(edge: Edge, layers: Layers) -> bool:
     """Whether a layer was applied to the terms of a loss: to single numbers, stacked. It is a part of the loss.
 
-    What is asked for is one row. A batch of one sample is told from terms by what it was computed from.
+    Only one row can be that. A batch of one sample is told from terms by what it was computed from.
     """
-    if math.prod(edge_shape(edge)[:-1]) > 1:
-        return False
     stack, seen, numbers = [edge[0]], {edge[0]}, False
     while stack:
         inputs = [child for child in children(stack.pop()) if not layers.is_parameter(child[0])]
@@ -49,7 +47,7 @@ def is_combination_of_terms(edge: Edge, layers: Layers) -> bool:
 
 def without_terms(edges: Mapping[Edge, Part]) -> dict[Edge, Part]:
     """The edges but for single numbers beside a batch: one row of one feature is a term of the loss."""
-    if not any(edge_shape(edge)[0] > 1 for edge in edges):
+    if len(edges) < 2 or not any(edge_shape(edge)[0] > 1 for edge in edges):
         return dict(edges)
     return {edge: part for edge, part in edges.items() if math.prod(edge_shape(edge)) > 1}
 
@@ -59,7 +57,7 @@ def is_sum_of_terms(edge: Edge, graph: LossGraph, layers: Layers) -> bool:
 
     One number is a term whatever follows: the loss itself, or what the loss is a function of.
     """
-    if not edge_shape(edge):
+    if edge_shape(edge) in ((), (1,)):
         return True
     return operation(edge[0]) in _ADDITIONS and is_added_up(edge, graph, layers)
 

@@ -100,6 +100,8 @@ def _join(after: Edge, edges: Mapping[Edge, Part], graph: LossGraph) -> _Move | 
         return None
     if operation(node) == "Stack":
         new = stacking_dimension(after)
+        if new is None:
+            return None
         if axis == ONE_SAMPLE:
             axis = new
         elif new <= axis and (axis > 0 or _of_several_layers(parts)):
@@ -122,11 +124,14 @@ def _axis_of_view(edge: Edge, after: Edge, part: Part, graph: LossGraph, layers:
         return new
     # A transposition that moves the samples may belong to the loss (CTC wants time first): the edge stays before it.
     # After a recurrent layer it belongs to the layer, which transposes to batch-first itself; so it does after a stack
-    # of time steps, and before a bias.
+    # of what one layer made of each time step, and before a bias.
     if _is_recurrent(edge[0]):
         return 0
-    steps = operation(edge[0]) == "Stack" and len(edge_shape(edge)) > 2 and stacking_dimension(edge) == 0
-    if steps and axis_after(node, 1, edge_shape(edge), edge_shape(after)) == 0:
+    if (
+        len(edge_shape(edge)) > 2
+        and stacking_dimension(edge) == 0
+        and axis_after(node, 1, edge_shape(edge), edge_shape(after)) == 0
+    ):
         return 0
     return new if _bias_follows(after, graph, layers) else None
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from newton_plugin._curvature.batch import Batch
@@ -147,7 +146,7 @@ class Hessian(Curvature):
         if worst == Knowledge.NOTHING or hessians is None:
             reason = found.reason or "there is none on another rank"
             return self._fall_back(gradient, damping, reason, ranks, groups, live)
-        batch = Batch(gradient, damping, ranks, groups, live=_samples_with_curvature(hessians, gradient, live))
+        batch = Batch(gradient, damping, ranks, groups, live=live)
         if self.structure == "per_sample":
             return per_sample_step(hessians, found.probed, batch, self.power, self.krylov, self._mean)
         c = mean_hessian(self.structure, worst, hessians, found.probed, batch, self._mean)
@@ -212,14 +211,3 @@ class Hessian(Curvature):
         self._fisher.load_state_dict(state["fisher"])
         self._independent = state["independent"]
         self._kept.load_state_dict(state.get("kept", {}))
-
-
-def _samples_with_curvature(hessians: SampleHessians, gradient: Tensor, live: Tensor | None) -> Tensor | None:
-    """The number of samples in the mean of H: a sample that is solved has no gradient, and still its Hessian."""
-    if live is None:
-        return None
-    counts, known = gradient.any(-1), hessians.nonzero()
-    if known is not None:
-        return (counts | known).sum().clamp_min(1)
-    total = counts.sum()
-    return torch.where(total > 0, total, len(gradient))  # a batch that is solved counts as it is

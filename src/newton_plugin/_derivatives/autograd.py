@@ -138,6 +138,8 @@ def own_parts(
     # The pass ends above the consumers, which are called by hand: a hook that a user has on the outputs does not fire.
     nodes = {node: None for boundary in boundaries for node, _ in boundary.consumers}
     nodes.update((node, None) for node in observed if node is not None)
+    if any("CompiledFunction" in node.name() for node in nodes):
+        raise SinglePassError("called by hand, a compiled backward gives its buffers away")
     edges = [(node, index) for node in nodes for index in range(len(node._input_metadata))]  # type: ignore[attr-defined]
     with torch.enable_grad(), past_fabrics_guard(), _naming_donated_buffers():
         into = torch.autograd.grad(

@@ -109,13 +109,6 @@ class SampleHessians:
         """Whether no probe is needed."""
         return self.diagonal_rank_one is not None or self.blocks is not None
 
-    def nonzero(self) -> Tensor | None:
-        """Which H_i are not zero, (N,); None if that is not known."""
-        matrices = self.diagonal_rank_one
-        if matrices is not None:
-            return matrices.diagonal.any(-1) if matrices.weight is None else matrices.weight != 0
-        return None if self.blocks is None else self.blocks().flatten(1).any(-1)
-
     def to(self, gradient: Tensor) -> SampleHessians:
         """The same for rows (N, m): in their dtype, on their device; blocks are formed, once, and made symmetric."""
         if self.diagonal_rank_one is not None:

@@ -222,6 +222,12 @@ class LossHook:
                 "wrap the loss function by npl.newton_loss, or name the submodule that makes the outputs, "
                 "boundary='head'."
             )
+        if cut.nested:
+            raise NoBoundaryError(
+                f"one output of the model was computed from another, and both reach the loss: {'; '.join(cut.nested)}. "
+                "A step at one of them alone would be wrong, and where they meet no step can be taken. Name the "
+                "submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
+            )
         self._report_doubts(cut, loss)
         if cut.preconditioned:
             return replace(cut, boundaries=[])
@@ -242,6 +248,12 @@ class LossHook:
             self._report(
                 f"newton_plugin takes this loss for the {self._settings.reduction} over the samples, but it was "
                 f"computed with reduction={reduction!r}. Give the same to newton_plugin: reduction={reduction!r}."
+            )
+        for words in cut.parts:
+            self._report(
+                f"newton_plugin counts rows as samples, but this loss seems to take several rows as one: {words}. "
+                "Steps are then of another size than for a batch of such samples. Pad them to one batch, with mask= "
+                "for the ranking losses; or wrap the loss of one part, or of the padded batch, by npl.newton_loss."
             )
         for words in cut.left_out:
             self._report(f"newton_plugin leaves one boundary out: {words}.")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from newton_plugin._boundary.autograd_graph import Boundary, mark_preconditioned
+from newton_plugin._boundary.autograd_graph import Boundary, is_preconditioned, mark_preconditioned
 from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.autograd import (
     Gradients,
@@ -41,6 +41,7 @@ from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._linalg.large_rows import inner_products, squared_norms
+from newton_plugin._runtime.cuda_graphs import capturing
 from newton_plugin._runtime.processes import Ranks, current_ranks
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule
@@ -121,10 +122,19 @@ def precondition(
         sharing: what is known of other terms that use operations of this loss; None: there can be none.
     """
     assert loss.grad_fn is not None
+    again = is_preconditioned(loss.grad_fn)
+    if again:
+        # Another door has changed what flows from this loss, to terms beside the boundaries, too. This one takes its
+        # own steps at its own boundaries, and nothing else.
+        beside, sharing = False, None
     ends = Ends.of(loss, boundaries, rules, settings, beside)
-    shared = sharing is not None and sharing.read()
-    look = sharing if sharing is not None and sharing.due() and not shared else None
-    waits = _can_wait(loss, ends, settings)
+    shared = look = None
+    if sharing is not None and capturing(loss):
+        shared = sharing.found  # a CUDA graph can neither wait for a look nor look at some of its replays alone
+    elif sharing is not None:
+        shared = sharing.read()
+        look = sharing if sharing.due() and not shared else None
+    waits = not again and _can_wait(loss, ends, settings)
     if waits and not shared and "products" not in ends.sources:
         senders, flow = _in_backward(loss, ends, settings, look)
     else:
@@ -132,7 +142,7 @@ def precondition(
             found = _compute_steps(loss, ends, settings)
             senders = [ComputedStep(s.step, s.layout, s.live, found.scaling) for s in found.steps]
             own = _scaled(found.parts, 1 / max(found.seed, 1)) if look or (shared and beside) else None
-            flow = Flow(found.size if beside else None, own, look, shared, beside)
+            flow = Flow(found.size if beside else None, own, look, bool(shared), beside)
         except SinglePassError as error:
             if not waits:
                 raise

@@ -138,8 +138,9 @@ class StepInBackward:
 
 
 def live_rows(rows: Tensor) -> Tensor:
-    """How many rows have a gradient, at least 1: what a loss ignores has none, and is no sample of it."""
-    return rows.any(-1).sum().clamp_min(1)
+    """How many rows have a gradient: what a loss ignores has none, and is no sample of it. All rows if none has one."""
+    live = rows.any(-1).sum()
+    return live.masked_fill(live == 0, len(rows))
 
 
 def _weight(scale: Tensor, samples: Tensor | int, mean: bool) -> Tensor:

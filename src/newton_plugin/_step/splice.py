@@ -30,6 +30,8 @@ from newton_plugin._step.sharing import Sharing, separate
 
 __all__ = ["Flow", "splice"]
 
+_MARK = "newton_plugin_splice"
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -54,7 +56,10 @@ class Flow:
 class _Splice:
     """What the hooks of one loss share. It refers to no graph node, so that no circle keeps the graph alive."""
 
-    def __init__(self, senders: Sequence[Sender], consumers: Sequence[int], flow: Flow) -> None:
+    def __init__(
+        self, senders: Sequence[Sender], consumers: Sequence[int], flow: Flow, before: _Splice | None = None
+    ) -> None:
+        self.before = before  # of another door on the same loss, which runs first and may change the gradient there
         self.senders = senders
         self.consumers = consumers
         self.flow = flow
@@ -66,7 +71,7 @@ class _Splice:
 
     def start(self, scale: Tensor) -> Tensor | None:
         """A backward pass begins at the loss, with this gradient. Returns what goes on from there; None: all of it."""
-        self.scale = scale.detach()
+        self.scale = scale.detach() if self.before is None else self.before.scale
         self.left = list(self.consumers)
         self.received = [None] * len(self.senders)
         self.sent.clear()
@@ -161,7 +166,10 @@ def splice(loss: Tensor, boundaries: Sequence[Boundary], senders: Sequence[Sende
         senders: one for each boundary.
         flow: what becomes of the loss's own gradient.
     """
-    shared = _Splice(senders, [len(boundary.consumers) for boundary in boundaries], flow)
+    assert loss.grad_fn is not None
+    marks: dict[str, Any] = loss.grad_fn.metadata  # type: ignore[assignment]
+    shared = _Splice(senders, [len(boundary.consumers) for boundary in boundaries], flow, marks.get(_MARK))
+    marks[_MARK] = shared
     for which, boundary in enumerate(boundaries):
         for number, (node, positions) in enumerate(boundary.consumers):
             node.register_hook(shared.consumer_hook(which, number, positions))
