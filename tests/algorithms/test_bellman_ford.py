@@ -99,10 +99,11 @@ def test_where_algovision_stops_early_it_differs_by_its_threshold() -> None:
 
 
 def twin(costs: Tensor, loop: str, steepness: float, iterations: int, max_steps: int) -> Tensor:
-    """One map, by dictionaries."""
+    """One map, by dictionaries; impassable tiles are no vertices."""
     h, w = costs.shape
-    vertices = [(i, j) for i in range(h) for j in range(w)]
-    near = {(i, j): [(i + a, j + b) for a, b in OFFSETS if 0 <= i + a < h and 0 <= j + b < w] for i, j in vertices}
+    tiles = [(i, j) for i in range(h) for j in range(w)]
+    vertices = [v for v in tiles if costs[v] < math.inf]
+    near = {(i, j): [(i + a, j + b) for a, b in OFFSETS if (i + a, j + b) in vertices] for i, j in vertices}
     start, goal = (0, 0), (h - 1, w - 1)
     d = {start: torch.zeros((), dtype=costs.dtype)}
     weights: dict = {}
@@ -120,12 +121,13 @@ def twin(costs: Tensor, loop: str, steepness: float, iterations: int, max_steps:
     result, running = dict(path), torch.sigmoid(steepness * (1 - path[start]))
     for _ in range(iterations if loop == "for" else max_steps):
         path = {v: 1 - (1 - path[v]) * (1 - place[v]) for v in vertices}
-        place = {x: sum((place[v] * weights[v][x] for v in near[x]), torch.tensor(0.0)) for x in vertices}
+        moves = {x: [(v, weights[v][x]) for v in near[x] if x in weights.get(v, {})] for x in vertices}
+        place = {x: sum((place[v] * share for v, share in moves[x]), torch.tensor(0.0)) for x in vertices}
         still = running * torch.sigmoid(steepness * (1 - path[start]))
         result = {v: result[v] + (running - still) * path[v] for v in vertices}
         running = still
     last = path if loop == "for" else {v: result[v] + running * path[v] for v in vertices}
-    return torch.stack([last[v] for v in vertices]).view(h, w)
+    return torch.stack([last.get(v, costs.new_zeros(())) for v in tiles]).view(h, w)
 
 
 @every_loop

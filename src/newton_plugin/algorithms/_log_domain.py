@@ -24,15 +24,29 @@ the rounding error of 1 - 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["log_softmax_and_complement", "log_zero", "wide"]
+__all__ = ["can_look", "log_softmax_and_complement", "log_zero", "wide"]
 
 
 def wide(tensor: Tensor) -> Tensor:
     """``tensor`` in float64, or in float32 where the device has no float64."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether the host can read values of ``tensor`` at once.
+
+    Not on a device, where it would wait; not in compiled code or inside a transform of ``torch.func``, where there are
+    none yet.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or type(tensor) is not Tensor:
+        return False
+    functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
+    return functorch.peek_interpreter_stack() is None
 
 
 def log_zero(tensor: Tensor) -> float:

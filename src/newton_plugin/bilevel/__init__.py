@@ -6,7 +6,7 @@ gradient of ``F(x, y*(x))`` in x is an implicit derivative, the :func:`hypergrad
 at every step; start with :class:`MASOBA`.
 """
 
-from newton_plugin.bilevel._errors import DoubleBackwardError, GradScalerError, NotConvergedError
+from newton_plugin.bilevel._errors import DivergenceWarning, DoubleBackwardError, GradScalerError, NotConvergedError
 from newton_plugin.bilevel._hypergradient.hypergradient import hypergradient
 from newton_plugin.bilevel._hypergradient.oracle import OracleCalls
 from newton_plugin.bilevel._methods.accbo import AccBO
@@ -18,6 +18,7 @@ __all__ = [
     "BOREP",
     "MASOBA",
     "AccBO",
+    "DivergenceWarning",
     "DoubleBackwardError",
     "GradScalerError",
     "NotConvergedError",

@@ -6,7 +6,14 @@ from typing import Any
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NewtonPluginError
 
-__all__ = ["DoubleBackwardError", "GradScalerError", "NotConvergedError", "check_count", "check_fraction"]
+__all__ = [
+    "DivergenceWarning",
+    "DoubleBackwardError",
+    "GradScalerError",
+    "NotConvergedError",
+    "check_count",
+    "check_fraction",
+]
 
 
 class NotConvergedError(NewtonPluginError, RuntimeError):
@@ -19,6 +26,10 @@ class DoubleBackwardError(NewtonPluginError, RuntimeError):
 
 class GradScalerError(NewtonPluginError, RuntimeError):
     """A GradScaler drives an optimizer that never calls backward."""
+
+
+class DivergenceWarning(UserWarning):
+    """Parameters, or the solution of the linear system, grow without bound; said once for each optimizer."""
 
 
 def check_count(name: str, value: Any) -> int:

@@ -1,9 +1,9 @@
 # pyright: reportPrivateImportUsage=false
 """A list of tensors as one vector: the operations that the methods need, without a copy into a flat tensor.
 
-None of them waits for the device. Only :func:`assign` and those whose name ends in an underscore change an argument.
-Coefficients are numbers or tensors without dimensions; :func:`axpy_each` and :func:`lerp` take one number for each
-tensor.
+Only :func:`numbers` waits for the device. Only :func:`assign` and those whose name ends in an underscore change an
+argument. Coefficients are numbers or tensors without dimensions; :func:`axpy_each` and :func:`lerp` take one number for
+each tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "dot",
     "lerp",
     "norm",
+    "numbers",
     "scale",
     "subtract",
     "xpay_",
@@ -47,6 +48,11 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def norm(a: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm over all tensors, no dimensions."""
     return torch.linalg.vector_norm(_total(torch._foreach_norm(list(a))))
+
+
+def numbers(parts: Sequence[Tensor]) -> list[float]:
+    """Tensors without dimensions as numbers of the host, by one read of the device."""
+    return _total(parts).tolist()
 
 
 def scale(a: Sequence[Tensor], c: float | Tensor) -> Vector:

@@ -27,6 +27,7 @@ from newton_plugin._errors import (
     check_floating,
     check_positive,
 )
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.algorithms._black_box.noise import Noise, resolve_noise
 
 __all__ = ["BASELINE", "BASELINES", "BlackBox", "check_problems", "features"]
@@ -159,10 +160,22 @@ def features(tensor: Tensor, leading: int) -> Tensor:
 
 
 def check_problems(y: Any) -> Tensor:
-    """Raise unless y is (N, ...) of a floating dtype; return it, float32 if in half precision."""
+    """Raise unless y is (N, ...), at least two-dimensional and floating; return it, float32 if in half precision.
+
+    A vector could be one problem or many problems of one number. A solver means the first, so neither is guessed.
+    """
     check_floating("y", y)
-    if y.ndim == 0:
-        raise ShapeError("y must hold one problem for each sample, shape (N, ...); got a tensor without dimensions.")
+    if y.ndim < 2:
+        remedy = (
+            f"One problem of {len(y)} numbers is y.unsqueeze(0); {len(y)} problems of one number each are "
+            "y.unsqueeze(-1)."
+            if y.ndim
+            else "One problem of one number is y.reshape(1, 1)."
+        )
+        raise ShapeError(
+            "y must hold one problem for each sample, shape (N, ...) with two dimensions or more; "
+            f"got {tuple(y.shape)}. {remedy}"
+        )
     return y.float() if y.element_size() < 4 else y
 
 
@@ -182,6 +195,7 @@ class _Constant(torch.autograd.Function):
         return None
 
 
+@untraced
 class _Draw(_Constant):
     """Noise for y."""
 
@@ -209,6 +223,7 @@ class _Draw(_Constant):
         return box.draw(y.flatten(0, 1)).unflatten(1, y.shape[:2]), 1
 
 
+@untraced
 class _Solve(_Constant):
     """The black box at points (K, N, ...)."""
 

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.algorithms._black_box.black_box import BlackBox, features
 
 __all__ = ["smoothed_by_differences"]
@@ -71,6 +72,7 @@ def _root_mean_square(w: Tensor) -> Tensor:
     return size.reshape(-1, *[1] * (w.ndim - 1))
 
 
+@untraced
 class _Differences(torch.autograd.Function):
     """``D(w_1..w_n)``; the value itself if there are no directions."""
 

@@ -68,7 +68,8 @@ class FenchelYoungLoss(torch.nn.Module):
 
     Raises:
         ArgumentError, ArgumentTypeError, NonFiniteError: see :class:`StochasticSmoothing`.
-        ShapeError: a solution or the target is not shaped like y.
+        ShapeError: y has fewer than two dimensions (one problem is ``y.unsqueeze(0)``); a solution or the target is not
+            shaped like y.
 
     Source: Berthet et al., "Learning with differentiable perturbed optimizers", NeurIPS 2020 (its Fenchel-Young
     losses); Blondel, Martins, Niculae, "Learning with Fenchel-Young losses", JMLR 2020.
@@ -133,6 +134,8 @@ class FenchelYoungLoss(torch.nn.Module):
 def _check_target(target: Any, y: Tensor) -> Tensor:
     if not isinstance(target, Tensor):
         raise ArgumentTypeError(f"target must be a tensor of solutions; got {type(target).__name__}.")
+    if target.is_complex():
+        raise ArgumentTypeError(f"target must hold real solutions; got {target.dtype}.")
     if target.shape != y.shape:
         raise ShapeError(
             f"target must be a solution for each problem, shaped like y; got {tuple(target.shape)} and "

@@ -51,7 +51,8 @@ class PerturbedOptimizer(torch.nn.Module):
 
     Raises:
         ArgumentError, ArgumentTypeError, NonFiniteError: see :class:`StochasticSmoothing`.
-        ShapeError: a solution is not shaped like its problem.
+        ShapeError: y has fewer than two dimensions (one problem is ``y.unsqueeze(0)``); a solution is not shaped like
+            its problem.
 
     Source: Berthet, Blondel, Teboul, Cuturi, Vert, Bach, "Learning with differentiable perturbed optimizers",
     NeurIPS 2020 (perturbed maximizers and their Jacobians).

@@ -132,8 +132,10 @@ class StochasticSmoothing(torch.nn.Module):
         generator: draws the noise; None: torch's global one. One on the CPU serves every device.
         width: half-width of the difference in units of sigma ("finite_difference" only).
 
-    Call it with y (N, ...), floating point; the result has the shape of fn's, (N, ...), and the dtype of y (float32
-    for half precision). Under autocast fn and the estimators compute in that dtype.
+    Call it with y (N, ...), floating point and at least two-dimensional: a vector is refused, because it could be one
+    problem, ``y.unsqueeze(0)``, or N of one number each, ``y.unsqueeze(-1)``. The result has the shape of fn's,
+    (N, ...), and the dtype of y (float32 for half precision). Under autocast fn and the estimators compute in that
+    dtype.
 
     **Derivatives** of every order by ``backward``, double backward and ``torch.func``, from the same samples; with
     "score" they are unbiased for F. A function of the result is another matter: with a loss l that is not linear,
@@ -152,7 +154,8 @@ class StochasticSmoothing(torch.nn.Module):
 
     Raises:
         ArgumentError, ArgumentTypeError: an argument outside its rule.
-        ShapeError: fn did not return one row for each problem; a loss where a solution is needed.
+        ShapeError: y has fewer than two dimensions; fn did not return one row for each problem; a loss where a
+            solution is needed.
         NonFiniteError: fn returned NaN or infinity. (For this check the host waits for the device once a call.)
 
     Source: Petersen et al., "Newton Losses", NeurIPS 2024, section on stochastic smoothing; Glynn 1990 and Williams
@@ -163,11 +166,11 @@ class StochasticSmoothing(torch.nn.Module):
 
     >>> seeded = torch.Generator().manual_seed(0)
     >>> smooth = StochasticSmoothing(torch.square, samples=100_000, sigma=0.5, generator=seeded)
-    >>> y = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> y = torch.tensor([[1.0], [2.0]], requires_grad=True)
     >>> value = smooth(y)
-    >>> [round(v, 1) for v in value.tolist()]
+    >>> [round(v, 1) for v in value.flatten().tolist()]
     [1.2, 4.2]
-    >>> [round(v, 1) for v in torch.autograd.grad(value.sum(), y)[0].tolist()]
+    >>> [round(v, 1) for v in torch.autograd.grad(value.sum(), y)[0].flatten().tolist()]
     [2.0, 4.0]
     """
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.algorithms._log_domain import wide
 
 __all__ = ["ListDerivatives", "ListLoss", "Ranking", "jvp_by_vjp", "plain_list_loss", "row_weight"]
@@ -81,6 +82,7 @@ def jvp_by_vjp(f: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor) -> Ten
     return torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(y))[1](tangent)[0]
 
 
+@untraced
 class ListLoss(torch.autograd.Function):
     """``apply(scores (N, n), target (N, n, n), lengths (N,) or None, method, seen) -> (loss (N,), gradient)``.
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from newton_plugin import with_hessian
-from newton_plugin._errors import ArgumentTypeError, ShapeError, check_choice, check_floating
+from newton_plugin._errors import check_choice
 from newton_plugin.algorithms._list_loss.function import ListLoss, Ranking, plain_list_loss
 from newton_plugin.algorithms._log_domain import wide
-from newton_plugin.algorithms._sorting.methods import LogProbabilities, Method, matrix, resolve
+from newton_plugin.algorithms._ranking.labels import check_ranks, judged, present_first
+from newton_plugin.algorithms._sorting.methods import LogProbabilities, Method, matrix, resolve, with_lengths
 
 __all__ = ["RankingLoss"]
 
@@ -49,6 +50,8 @@ class RankingLoss(torch.nn.Module):
     random breaking.
 
     Raises:
+        ArgumentError: a rank is negative and not masked, as padding is. (On a device, in compiled code and under
+            ``torch.func`` the host does not look: the loss of this list is NaN.)
         ArgumentError, ArgumentTypeError, ShapeError: a method, dtype or shape that does not fit.
 
     Source: Grover et al., ICLR 2019 (NeuralSort); Petersen et al., "Differentiable sorting networks for
@@ -78,7 +81,7 @@ class RankingLoss(torch.nn.Module):
 
     def forward(self, scores: Tensor, ranks: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss of ``scores`` (..., n) given ``ranks`` (..., n)."""
-        _check(scores, ranks, mask)
+        verdict = check_ranks(scores, ranks, mask)
         hessian: Callable[[], Tensor] | None = None
         if scores.shape[-1] == 1:
             loss = 0.0 * torch.nan_to_num(scores.squeeze(-1))  # one element is always in order
@@ -86,6 +89,7 @@ class RankingLoss(torch.nn.Module):
             loss, hessian = self._lists(scores, ranks, mask)
         else:
             loss = self._of_matrix(scores, ranks, mask)
+        loss = judged(loss, verdict)
         count = loss.numel()
         if self.reduction == "mean":
             loss = loss.mean()
@@ -99,17 +103,17 @@ class RankingLoss(torch.nn.Module):
 
     def _lists(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[], Tensor] | None]:
         """The loss of each list, (...,), and a function for their Hessians: None if unknown or not needed."""
-        lengths = order = None
+        ranks, lengths, order = ranks.long(), None, None
         if mask is not None:
-            # Present elements first, in their order: a list of length m then fills the first m places.
-            order = (~mask).to(torch.uint8).sort(dim=-1, stable=True).indices
+            order, lengths = present_first(mask)  # a list of length m then fills the first m places
             scores = scores.masked_fill(~mask, 0.0).gather(-1, order)
-            ranks = ranks.long().masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
-            lengths = mask.sum(-1)
+            ranks = ranks.masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
         target = _targets(ranks)
         needed = torch.is_grad_enabled() and scores.requires_grad
         if not needed or torch.compiler.is_compiling() or not isinstance(self.method, Ranking):
-            return plain_list_loss(self.method, scores, target, lengths), None
+            if lengths is None:
+                return plain_list_loss(self.method, scores, target, None), None
+            return with_lengths(self.method, lambda: plain_list_loss(self.method, scores, target, lengths)), None
         shape, seen = scores.shape, []
         flat = (scores.unsqueeze(0).flatten(0, -2), target.unsqueeze(0).flatten(0, -3))
         with torch.autocast(scores.device.type, enabled=False):
@@ -122,12 +126,9 @@ class RankingLoss(torch.nn.Module):
 
     def _of_matrix(self, scores: Tensor, ranks: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
-            raise ArgumentTypeError(
-                f"mask needs a method that knows list lengths; got the callable {self.method!r}. "
-                "Use one of the methods given by name."
-            )
+            with_lengths(self.method, lambda: None)
         p = matrix(self.method, scores)
-        target = _targets(ranks).to(p.dtype)
+        target = _targets(ranks.long()).to(p.dtype)
         return torch.nn.functional.binary_cross_entropy(p.clamp(0, 1), target, reduction="none").mean((-2, -1))
 
 
@@ -141,28 +142,3 @@ def _targets(ranks: Tensor) -> Tensor:
     # Row i marks the element whose rank equals the i-th smallest rank; tied elements share the row equally.
     hit = ranks.sort(dim=-1).values.unsqueeze(-1) == ranks.unsqueeze(-2)
     return wide(hit) / hit.sum(-1, keepdim=True)
-
-
-def _check(scores: Tensor, ranks: Tensor, mask: Tensor | None) -> None:
-    check_floating("scores", scores)
-    if not isinstance(ranks, Tensor) or ranks.is_floating_point() or ranks.is_complex():
-        raise ArgumentTypeError(
-            f"ranks must be a tensor of integers, 0 = smallest; "
-            f"got {ranks.dtype if isinstance(ranks, Tensor) else type(ranks).__name__}. "
-            "From values, take values.argsort(-1).argsort(-1)."
-        )
-    if scores.ndim == 0 or scores.shape[-1] == 0 or scores.shape != ranks.shape:
-        raise ShapeError(
-            f"scores and ranks must have the same shape (..., n), n >= 1; got {tuple(scores.shape)} and "
-            f"{tuple(ranks.shape)}. A scorer that ends in Linear(..., 1) needs .squeeze(-1)."
-        )
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
-        raise ArgumentTypeError(
-            f"mask must be a boolean tensor, true where there is an element; "
-            f"got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}."
-        )
-    if mask is not None and mask.shape != scores.shape:
-        raise ShapeError(
-            f"mask must have the shape of the scores; got {tuple(mask.shape)} and {tuple(scores.shape)}. "
-            "From lengths: torch.arange(n) < lengths.unsqueeze(-1)."
-        )

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._errors import ArgumentTypeError, ShapeError, check_choice, check_floating
-from newton_plugin.algorithms._ranking.top_k import soft_top_k
+from newton_plugin._errors import check_choice
+from newton_plugin.algorithms._log_domain import can_look
+from newton_plugin.algorithms._ranking.labels import check_relevance, full, judge_relevance, judged, present_first
+from newton_plugin.algorithms._ranking.top_k import top_rows
 from newton_plugin.algorithms._sorting.methods import Method
 
 __all__ = ["average_precision_loss", "ndcg_loss"]
@@ -26,23 +28,33 @@ def ndcg_loss(
     *,
     k: int | None = None,
     gain: str = "exponential",
+    mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     r"""One minus the normalised discounted cumulative gain, mean over the lists.
 
     .. math:: 1 - \frac{\sum_{i=1}^{k} (P g)_i / \log_2(1 + i)}{\sum_{i=1}^{k} g_{(i)} / \log_2(1 + i)}
 
-    with :math:`g = 2^{\text{relevance}} - 1` and :math:`g_{(i)}` the i-th largest gain.
+    with :math:`g = 2^{\text{relevance}} - 1` and :math:`g_{(i)}` the i-th largest gain. Grades of any size: both sums
+    are divided by the same power of two.
 
     Args:
         scores: (..., n), floating point.
-        relevance: (..., n), >= 0; integers or floats. A list with no relevant element has the loss 0.
+        relevance: (..., n), finite and >= 0; integers, booleans or floats. A list with no relevant element has the
+            loss 0.
         method, **kwargs: as in ``soft_top_k``.
         k: only the first k positions count; all by default.
         gain: ``"exponential"``, or ``"linear"`` for g = relevance.
+        mask: (..., n), boolean, true where there is an element; masked scores and relevance may hold anything. Each
+            list then has the loss that it has alone (with all its positions if it is shorter than k, 0 if it is
+            empty), and every list counts the same.
+
+    The result is in the dtype of the scores (float32 for half precision).
 
     Raises:
-        ArgumentError, ArgumentTypeError, ShapeError: k, gain, dtypes or shapes that do not fit.
+        ArgumentError: relevance is negative, NaN or infinite. (On a device, in compiled code and under ``torch.func``
+            the host does not look: the loss is NaN.)
+        ArgumentError, ArgumentTypeError, ShapeError: k, gain, mask, dtypes or shapes that do not fit.
 
     Source: Swezey, Grover, Charron, Ermon, "PiRank: scalable learning to rank via differentiable sorting",
     NeurIPS 2021, section 3.
@@ -52,21 +64,47 @@ def ndcg_loss(
     >>> round(ndcg_loss(torch.tensor([2.0, 1.0]), torch.tensor([0, 1]), temperature=0.01).item(), 4)
     0.3691
     """
-    _check(scores, relevance)
     check_choice("gain", gain, ("exponential", "linear"))
-    n = scores.shape[-1]
-    k = n if k is None else k
-    p = soft_top_k(scores, k, method, **kwargs)
-    g = relevance.to(p.dtype)
-    g = torch.exp2(g) - 1 if gain == "exponential" else g
+    check_relevance(scores, relevance, mask)
+    s, y, lengths = _lists(scores, relevance, mask)
+    verdict = judge_relevance(relevance, y, mask, binary=False)
+    k = s.shape[-1] if k is None else k
+    p = top_rows(-s, k, method, kwargs, lengths)
+    g = (_exponential if gain == "exponential" else _linear)(y.to(p.dtype))
     discount = torch.log2(torch.arange(2, k + 2, device=p.device, dtype=p.dtype)).reciprocal()
     ideal = (g.sort(dim=-1, descending=True).values[..., :k] * discount).sum(-1)
     found = ((p * g.unsqueeze(-2)).sum(-1) * discount).sum(-1)
     relevant = ideal > 0
-    return torch.where(relevant, 1 - found / torch.where(relevant, ideal, 1.0), 0.0).mean()
+    return judged(torch.where(relevant, 1 - found / torch.where(relevant, ideal, 1.0), 0.0), verdict).mean()
 
 
-def average_precision_loss(scores: Tensor, relevance: Tensor, method: Method = "neural_sort", **kwargs: Any) -> Tensor:
+_LARGEST = 64  # the largest logarithm of a gain; float32 numbers end at 128, which leaves room for sums
+
+
+def _exponential(grades: Tensor) -> Tensor:
+    """``2^grade - 1`` of each list, (..., n), divided by a power of two that keeps it below 2^64."""
+    if _small(grades, _LARGEST):
+        return torch.exp2(grades) - 1
+    excess = (grades.amax(-1, keepdim=True).ceil() - _LARGEST).clamp(min=0)
+    return torch.exp2(grades - excess) - torch.exp2(-excess)
+
+
+def _linear(grades: Tensor) -> Tensor:
+    """The same for the grades themselves."""
+    if _small(grades, 2.0**_LARGEST):
+        return grades
+    excess = (grades.amax(-1, keepdim=True).log2().ceil() - _LARGEST).clamp(min=0)
+    return grades * torch.exp2(-excess)
+
+
+def _small(grades: Tensor, largest: float) -> bool:
+    """Whether nothing has to be divided; False where nobody can look."""
+    return can_look(grades) and (grades.numel() == 0 or grades.max().item() <= largest)
+
+
+def average_precision_loss(
+    scores: Tensor, relevance: Tensor, method: Method = "neural_sort", *, mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     r"""One minus average precision, mean over the lists.
 
     .. math:: 1 - \frac{1}{R}\sum_{i=1}^{n} \frac{r_i}{i} \Big(1 + \sum_{l < i} r_l\Big)
@@ -79,9 +117,15 @@ def average_precision_loss(scores: Tensor, relevance: Tensor, method: Method = "
         scores: (..., n), floating point.
         relevance: (..., n), 0 or 1 (bool, integer or float). A list with no relevant element has the loss 0.
         method, **kwargs: as in ``soft_top_k``.
+        mask: (..., n), boolean, true where there is an element; masked scores and relevance may hold anything. Each
+            list then has the loss that it has alone (0 if it is empty), and every list counts the same.
+
+    The result is in the dtype of the scores (float32 for half precision).
 
     Raises:
-        ArgumentTypeError, ShapeError: dtypes or shapes that do not fit.
+        ArgumentError: relevance is neither 0 nor 1. (On a device, in compiled code and under ``torch.func`` the host
+            does not look: the loss is NaN.)
+        ArgumentTypeError, ShapeError: mask, dtypes or shapes that do not fit.
 
     Source: the definition of average precision; the relaxation of its positions as in Swezey et al., NeurIPS
     2021.
@@ -92,24 +136,30 @@ def average_precision_loss(scores: Tensor, relevance: Tensor, method: Method = "
     >>> round(average_precision_loss(scores, relevance, temperature=0.01).item(), 4)
     0.1667
     """
-    _check(scores, relevance)
-    n = scores.shape[-1]
-    p = soft_top_k(scores, n, method, **kwargs)
-    y = relevance.to(p.dtype)
+    check_relevance(scores, relevance, mask)
+    s, y, lengths = _lists(scores, relevance, mask)
+    verdict = judge_relevance(relevance, y, mask, binary=True)
+    n = s.shape[-1]
+    p = top_rows(-s, n, method, kwargs, lengths)
+    y = y.to(p.dtype)
     r = (p * y.unsqueeze(-2)).sum(-1)
     position = torch.arange(1, n + 1, device=p.device, dtype=p.dtype)
     precision = (1 + r.cumsum(-1) - r) / position
     relevant = y.sum(-1)
     some = relevant > 0
-    return torch.where(some, 1 - (r * precision).sum(-1) / torch.where(some, relevant, 1.0), 0.0).mean()
+    loss = torch.where(some, 1 - (r * precision).sum(-1) / torch.where(some, relevant, 1.0), 0.0)
+    return judged(loss, verdict).mean()
 
 
-def _check(scores: Tensor, relevance: Tensor) -> None:
-    check_floating("scores", scores)
-    if not isinstance(relevance, Tensor):
-        raise ArgumentTypeError(f"relevance must be a tensor; got {type(relevance).__name__}.")
-    if scores.ndim == 0 or scores.shape != relevance.shape:
-        raise ShapeError(
-            f"scores and relevance must have the same shape (..., n); got {tuple(scores.shape)} and "
-            f"{tuple(relevance.shape)}."
-        )
+def _lists(scores: Tensor, relevance: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, relevance (0 where masked) and lengths: with a mask, present elements are the first of their list."""
+    scores = full(scores)
+    relevance = relevance.to(scores.dtype)
+    if mask is None:
+        return scores, relevance, None
+    order, lengths = present_first(mask)
+    return (
+        scores.masked_fill(~mask, 0.0).gather(-1, order),
+        relevance.masked_fill(~mask, 0.0).gather(-1, order),
+        lengths,
+    )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._errors import ArgumentTypeError, ShapeError, check_floating
 from newton_plugin.algorithms._list_loss.scores import check_scores
-from newton_plugin.algorithms._sorting.methods import Method, matrix, resolve
+from newton_plugin.algorithms._ranking.labels import check_ranks, full, judged, present_first
+from newton_plugin.algorithms._sorting.methods import Method, matrix, places, resolve, with_lengths
 
 __all__ = ["soft_rank", "spearman_loss"]
 
@@ -43,15 +43,27 @@ def soft_rank(scores: Tensor, method: Method = "neural_sort", **kwargs: Any) -> 
     [0.5, 0.5]
     """
     check_scores(scores)
-    built = resolve(method, kwargs)
-    if hasattr(built, "ranks"):
-        return built.ranks(scores)
-    p = matrix(built, scores)
-    places = torch.arange(scores.shape[-1], device=scores.device, dtype=p.dtype).unsqueeze(-1)
-    return (places * p).sum(-2) / p.sum(-2)
+    return _soft_rank(full(scores), resolve(method, kwargs)).to(scores.dtype)
 
 
-def spearman_loss(scores: Tensor, ranks: Tensor, method: Method = "neural_sort", **kwargs: Any) -> Tensor:
+def _soft_rank(scores: Tensor, method: Any, lengths: Tensor | None = None) -> Tensor:
+    """Ranks (..., n); with ``lengths`` (...,), 0 for those that are not real."""
+    if hasattr(method, "ranks"):
+        if lengths is None:
+            return method.ranks(scores)
+        ranks = with_lengths(method, lambda: method.ranks(scores, lengths))
+        return torch.where(places(lengths, scores.shape[-1]), ranks, 0.0)
+    p = matrix(method, scores, lengths=lengths)
+    rows = torch.arange(scores.shape[-1], device=scores.device, dtype=p.dtype).unsqueeze(-1)
+    total, weight = (rows * p).sum(-2), p.sum(-2)
+    if lengths is not None:
+        weight = torch.where(places(lengths, scores.shape[-1]), weight, 1.0)
+    return total / weight
+
+
+def spearman_loss(
+    scores: Tensor, ranks: Tensor, method: Method = "neural_sort", *, mask: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     r"""One minus Spearman's rank correlation of the soft ranks with the true ones, mean over the lists.
 
     .. math:: 1 - \rho = \frac{6}{n (n^2 - 1)} \sum_j (r_j - \text{rank}_j)^2
@@ -63,9 +75,15 @@ def spearman_loss(scores: Tensor, ranks: Tensor, method: Method = "neural_sort",
         scores: (..., n), floating point.
         ranks: (..., n), integers, 0 = smallest; only their order counts.
         method, **kwargs: as in ``soft_rank``.
+        mask: (..., n), boolean, true where there is an element; masked scores and ranks may hold anything. Each list
+            then has the loss that it has alone (0 if it has no or one element), and every list counts the same.
+
+    The result is in the dtype of the scores (float32 for half precision).
 
     Raises:
-        ArgumentTypeError: ranks are not integers.
+        ArgumentError: a rank is negative. (On a device, in compiled code and under ``torch.func`` the host does not
+            look: the loss is NaN.)
+        ArgumentTypeError: ranks are not integers; the method knows no mask.
         ShapeError: shapes differ.
 
     Source: Spearman, "The proof and measurement of association between two things", 1904; as a loss on soft
@@ -76,18 +94,21 @@ def spearman_loss(scores: Tensor, ranks: Tensor, method: Method = "neural_sort",
     >>> round(spearman_loss(scores, ranks, temperature=0.01).item(), 6)
     2.0
     """
-    check_floating("scores", scores)
-    if not isinstance(ranks, Tensor) or ranks.is_floating_point():
-        raise ArgumentTypeError(
-            "ranks must be a tensor of integers, 0 = smallest. From values, take values.argsort(-1).argsort(-1)."
-        )
-    if scores.shape != ranks.shape:
-        raise ShapeError(
-            f"scores and ranks must have the same shape (..., n); got {tuple(scores.shape)} and {tuple(ranks.shape)}."
-        )
-    soft = soft_rank(scores, method, **kwargs)
+    verdict = check_ranks(scores, ranks, mask)
+    s, ranks, n, lengths = full(scores), ranks.long(), scores.shape[-1], None
+    if mask is not None:
+        order, lengths = present_first(mask)
+        s = s.masked_fill(~mask, 0.0).gather(-1, order)
+        ranks = ranks.masked_fill(~mask, torch.iinfo(torch.long).max).gather(-1, order)
+    soft = _soft_rank(s, resolve(method, kwargs), lengths)
     below = (ranks.unsqueeze(-1) > ranks.unsqueeze(-2)).sum(-1)
     upto = (ranks.unsqueeze(-1) >= ranks.unsqueeze(-2)).sum(-1)
-    true = (below + upto - 1).to(soft.dtype) / 2
-    n = scores.shape[-1]
-    return (soft - true).square().sum(-1).mean() * (6 / max(n * (n * n - 1), 1))
+    if lengths is None:
+        true = (below + upto - 1).to(soft.dtype) / 2
+        each = judged((soft - true).square().sum(-1), verdict)
+        return each.mean() * (6 / max(n * (n * n - 1), 1))
+    # Masked ranks are above all others. Of those that are not masked, upto and below count the others that are not.
+    true = torch.where(places(lengths, n), (below + upto - 1).to(soft.dtype) / 2, 0.0)
+    m = lengths.to(soft.dtype)
+    each = (soft - true).square().sum(-1) * (6 / (m * (m * m - 1)).clamp(min=1))
+    return judged(each, verdict).mean()

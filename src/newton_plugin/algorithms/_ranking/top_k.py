@@ -10,7 +10,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError
 from newton_plugin.algorithms._list_loss.scores import check_scores
 from newton_plugin.algorithms._sorting.methods import Method, matrix, resolve
 
-__all__ = ["soft_top_k"]
+__all__ = ["soft_top_k", "top_rows"]
 
 
 def soft_top_k(
@@ -40,10 +40,16 @@ def soft_top_k(
     >>> (soft_top_k(x, 2, temperature=0.01) @ x).tolist()
     [3.0, 2.0]
     """
+    return top_rows(-scores if largest else scores, k, method, kwargs)
+
+
+def top_rows(
+    scores: Tensor, k: int, method: Method, arguments: dict[str, Any], lengths: Tensor | None = None
+) -> Tensor:
+    """The first k rows of P, (..., k, n); with ``lengths`` (...,) as in ``matrix``."""
     check_scores(scores)
     _check_k(k, scores.shape[-1])
-    built = resolve(method, kwargs)
-    return matrix(built, -scores if largest else scores, k)
+    return matrix(resolve(method, arguments), scores, k, lengths)
 
 
 def _check_k(k: int, n: int) -> None:

@@ -23,9 +23,13 @@ is on the path or not: wholly in a "for" loop, half in a "while" loop, which eve
 probability 1/2 a step. The paper does so, and so does this function, unless ``stop_at_start=True``: then what arrives
 at the start is marked there and leaves the walk.
 
+**Walls.** An infinite cost is an impassable tile. Inside it is a finite one: a path over a wall is dearer than every
+path without, by so much that its softmin weight is exactly 0 in float64 (:func:`_with_walls`). A vertex behind walls,
+or not reached yet, has such a distance too. So a wall leaves no trace, and every derivative stays finite.
+
 **Layout.** Inside, the batch is the last dimension and the grid lies in a frame, so that the neighbours of all
 vertices are views, without index tables or copies. Vertices that k rounds cannot reach are not computed in round k.
-Where there is no neighbour the logit is -inf and the distance 0; no huge number stands for infinity.
+Where there is no neighbour the logit is -inf and the distance 0.
 """
 
 from __future__ import annotations
@@ -45,6 +49,7 @@ from newton_plugin._errors import (
     check_floating,
     check_positive,
 )
+from newton_plugin.algorithms._log_domain import can_look
 from newton_plugin.algorithms._shortest_paths.grid import around, check_grid
 
 __all__ = ["relaxed_bellman_ford"]
@@ -64,7 +69,8 @@ def relaxed_bellman_ford(
 
     Args:
         costs: (..., h, w) vertex costs, floating point; 8 neighbours. Best of the order of 1: only
-            ``steepness * costs`` decides how soft the path is.
+            ``steepness * costs`` decides how soft the path is. A tile that costs ``inf`` is impassable: the result is
+            that of the map without it, and its gradient is 0.
         loop: ``"for"`` or ``"while"``, how the path is read back (see the module's docstring).
         steepness: > 0; towards infinity the path becomes that of ``shortest_path`` where it is unique (but for the
             start's cheapest neighbour, see ``stop_at_start``).
@@ -78,13 +84,15 @@ def relaxed_bellman_ford(
             For ordinary autograd, once or twice; not under ``torch.func``.
 
     Returns:
-        path (..., h, w), in [0, 1], in the dtype of the costs.
+        path (..., h, w), in [0, 1], in the dtype of the costs. NaN costs make NaN paths.
 
     Losses against a true path of zeros and ones, as in the paper: ``torch.nn.functional.l1_loss(path, truth)`` and
     ``torch.nn.functional.mse_loss(path, truth)`` (squared L2). Both are smooth here: the path stays inside [0, 1].
 
     Raises:
         ArgumentError, ArgumentTypeError, ShapeError: an argument outside its rule.
+        ArgumentError: impassable tiles leave no path of at most ``iterations`` steps. (On a device, in compiled code
+            and under ``torch.func`` the host does not look: the path of this map is NaN.)
 
     Source: Petersen, Borgelt, Kuehne, Deussen, "Learning with algorithmic supervision via continuous relaxations",
     NeurIPS 2021, section 4; the published package ``algovision`` with the probabilistic t-conorm gives the same
@@ -113,8 +121,19 @@ def relaxed_bellman_ford(
     if costs.numel() == 0:  # no maps; pad refuses these in old versions of PyTorch
         return costs.clone()
     work = costs.to(torch.float32) if costs.element_size() < 4 else costs
-    c = work.reshape(-1, h, w).permute(1, 2, 0).contiguous()
-    weights = _weights(c, steepness, iterations, checkpoint)
+    c = work.unsqueeze(0).flatten(0, -3).permute(1, 2, 0).contiguous()
+    c, far = _with_walls(c, iterations, steepness)
+    weights, nearest = _weights(c, steepness, iterations, checkpoint)
+    # A wall costs ``far`` and a path without walls at most a quarter of it. A NaN is not a wall.
+    walled = torch.maximum(torch.maximum(c[0, 0], c[-1, -1]), nearest) >= far / 2
+    if can_look(walled) and bool(walled.any()):
+        at = tuple(walled.reshape(costs.shape[:-2]).nonzero()[0].tolist())
+        which = f"the map at index {at}" if at else "this map"
+        raise ArgumentError(
+            f"costs must leave a path of at most iterations={iterations} steps between the corners; infinite costs are "
+            f"impassable, and {which} has none. Open a tile, or give a larger iterations (a maze needs "
+            "up to h * w / 2)."
+        )
     if stop_at_start:
         start = torch.zeros(h, w, 1, dtype=torch.bool, device=c.device)
         start[0, 0] = True
@@ -123,6 +142,7 @@ def relaxed_bellman_ford(
         path = _walk(weights, iterations)
     else:
         path = _walk_while(weights, max_steps, steepness)
+    path = path.masked_fill(walled, math.nan)
     return path.permute(2, 0, 1).reshape(costs.shape).to(costs.dtype)
 
 
@@ -136,8 +156,24 @@ def _count(name: str, value: int | None, default: int, least: int) -> int:
     return value
 
 
-def _weights(c: Tensor, steepness: float, iterations: int, checkpoint: bool) -> Tensor:
-    """w after ``iterations`` rounds: costs (h, w, B) -> (3, 3, h, w, B), neighbours in row-major order."""
+def _with_walls(c: Tensor, iterations: int, steepness: float) -> tuple[Tensor, Tensor]:
+    """Finite costs (h, w, B), and ``far`` (B), what a wall costs.
+
+    A path of k steps costs between -k a and k a, where a is the largest finite cost in absolute value, and all paths
+    have at most ``iterations`` steps. So over a wall it costs at least ``3/4 far``, without at most ``1/4 far``; and
+    the difference is more than 800 / steepness, where ``exp(-steepness * difference)`` is 0.
+    """
+    passable = c < math.inf
+    largest = c.detach().abs().masked_fill(~passable, 0.0).amax((0, 1))
+    far = 4 * iterations * largest + 1600 / steepness
+    return torch.where(passable | c.isnan(), c, far), far
+
+
+def _weights(c: Tensor, steepness: float, iterations: int, checkpoint: bool) -> tuple[Tensor, Tensor]:
+    """After ``iterations`` rounds, w and the least distance before the goal: costs (h, w, B) -> (3, 3, h, w, B), (B).
+
+    w has neighbours in row-major order.
+    """
     h, w, _ = c.shape
     rows, columns = torch.arange(h, device=c.device), torch.arange(w, device=c.device)
     arrival = torch.maximum(rows.unsqueeze(-1), columns).unsqueeze(-1)  # the round that first reaches a vertex
@@ -169,7 +205,9 @@ def _weights(c: Tensor, steepness: float, iterations: int, checkpoint: bool) -> 
             d = run_again_in_backward(relax, d, first, last, use_reentrant=False, preserve_rng_state=False)
         else:
             d = relax(d, first, last)
-    return _softmin(around(d, h, w), known, steepness)
+    before = d.detach()[-2:, -2:].flatten(0, 1)
+    nearest = before[: max(1, len(before) - 1)].amin(0)
+    return _softmin(around(d, h, w), known, steepness), nearest
 
 
 def _softmin(u: Tensor, known: Tensor, steepness: float) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError
+from newton_plugin._runtime.compiler import untraced
 
 __all__ = ["Cheapest", "ShortestPath", "check_costs", "check_distance"]
 
@@ -31,6 +32,7 @@ class ShortestPath(NamedTuple):
     path: Tensor
 
 
+@untraced
 class Cheapest(torch.autograd.Function):
     """``(costs, solver, dims) -> (f(c), x*(c))``; the last ``dims`` dimensions of the costs are one problem.
 

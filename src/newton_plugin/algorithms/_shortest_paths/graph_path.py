@@ -58,7 +58,7 @@ def shortest_path_graph(
     """
     check_choice("backend", backend, ("auto", "numba", "torch"))
     check_floating("edge_costs", edge_costs)
-    source, target = _check_graph(edge_costs, edges, source, target, num_nodes)
+    source, target, num_nodes = _check_graph(edge_costs, edges, source, target, num_nodes)
     numba = compiled(backend, edge_costs)
     solve = _solve_graph if numba is None else numba.solve_graph
 
@@ -72,7 +72,7 @@ def shortest_path_graph(
     return ShortestPath(*Cheapest.apply(edge_costs, solver, 1))
 
 
-def _check_graph(edge_costs: Tensor, edges: Any, source: Any, target: Any, num_nodes: int) -> tuple[int, int]:
+def _check_graph(edge_costs: Tensor, edges: Any, source: Any, target: Any, num_nodes: Any) -> tuple[int, int, int]:
     if not isinstance(edges, Tensor) or edges.dtype not in (torch.int64, torch.int32):
         received = edges.dtype if isinstance(edges, Tensor) else type(edges).__name__
         raise ArgumentTypeError(f"edges must be a tensor of int64 or int32; got {received}. Pass edges.long().")
@@ -81,6 +81,10 @@ def _check_graph(edge_costs: Tensor, edges: Any, source: Any, target: Any, num_n
             f"edge_costs must be (..., E) and edges (2, E); got {tuple(edge_costs.shape)} and {tuple(edges.shape)}. "
             "A list of pairs (E, 2) needs edges.T."
         )
+    try:
+        num_nodes = operator.index(num_nodes)
+    except TypeError:
+        raise ArgumentTypeError(f"num_nodes must be an integer, the number of vertices; got {num_nodes!r}.") from None
     ends = []
     for name, vertex in (("source", source), ("target", target)):
         try:
@@ -95,9 +99,9 @@ def _check_graph(edge_costs: Tensor, edges: Any, source: Any, target: Any, num_n
     if edges.numel() and not bool(((edges >= 0) & (edges < num_nodes)).all()):
         raise ArgumentError(
             f"edges must join vertices 0 to num_nodes - 1 = {num_nodes - 1}; got {int(edges.min())} to "
-            f"{int(edges.max())}. Pass a larger num_nodes."
+            f"{int(edges.max())}. Pass a larger num_nodes, and leave padding out: graphs differ in a call of their own."
         )
-    return ends[0], ends[1]
+    return ends[0], ends[1], num_nodes
 
 
 def _check_reachable(edges: Tensor, source: int, target: int, num_nodes: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from newton_plugin._errors import ShapeError
+from newton_plugin._runtime.compiler import untraced
 
 __all__ = ["around", "check_grid", "neighbours", "smallest_around"]
 
@@ -54,6 +55,7 @@ def _view(x: Tensor, rows: int, columns: int) -> Tensor:
     return framed.unfold(0, 3, 1).unfold(1, 3, 1).permute(3, 4, 0, 1, 2)
 
 
+@untraced
 class _Around(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -75,6 +77,7 @@ class _Around(torch.autograd.Function):
         return _Around.apply(tangents[0], *ctx.sizes)
 
 
+@untraced
 class _Gathered(torch.autograd.Function):
     """The adjoint of :class:`_Around`: every entry is added to the vertex that it is a view of."""
 

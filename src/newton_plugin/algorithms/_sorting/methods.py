@@ -3,23 +3,27 @@
 **A new sort** is a class in a file beside this one, a row in ``_SORTS``, and a public name in ``algorithms/__init__``.
 The class takes its keyword arguments, and ``__call__`` maps scores (..., n) to P (..., n, n), rows smallest first.
 ``log_probabilities(scores, lengths=None)`` makes it stable in RankingLoss and lets it take a mask. For speed alone it
-may have ``rows(scores, k)``, the first k rows of P; ``ranks(scores)``, soft ranks without P; and ``ranking(...)``, the
-derivatives of the ranking loss (``Ranking`` in ``_list_loss/function.py``). ``soft_sort.py`` is the shortest example.
+may have ``rows(scores, k, lengths=None)``, the first k rows of P; ``ranks(scores, lengths=None)``, soft ranks without
+P; and ``ranking(...)``, the derivatives of the ranking loss (``Ranking`` in ``_list_loss/function.py``). With
+``lengths`` (...,) only the first so many elements of each list are real; what stands at the others does not matter.
+``soft_sort.py`` is the shortest example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, check_choice
 from newton_plugin.algorithms._sorting.neural_sort import NeuralSort, neural_sort
 from newton_plugin.algorithms._sorting.soft_sort import SoftSort, soft_sort
-from newton_plugin.algorithms._sorting_network.network import AnyLengthNetwork, SortingNetwork
+from newton_plugin.algorithms._sorting_network.any_length import AnyLengthNetwork
+from newton_plugin.algorithms._sorting_network.network import SortingNetwork
 
-__all__ = ["LogProbabilities", "Method", "matrix", "resolve"]
+__all__ = ["LogProbabilities", "Method", "matrix", "places", "resolve", "with_lengths"]
 
 
 @runtime_checkable
@@ -31,6 +35,7 @@ class LogProbabilities(Protocol):
         ...
 
 
+Result = TypeVar("Result")
 Method: TypeAlias = "str | LogProbabilities | Callable[..., Any]"
 
 
@@ -74,11 +79,48 @@ def resolve(method: Any, arguments: dict[str, Any]) -> Any:
     return method
 
 
-def matrix(method: Any, scores: Tensor, k: int | None = None) -> Tensor:
-    """P, or its first k rows, from what :func:`resolve` gave."""
+def matrix(method: Any, scores: Tensor, k: int | None = None, lengths: Tensor | None = None) -> Tensor:
+    """P, or its first k rows, from what :func:`resolve` gave.
+
+    With ``lengths`` (...,), each list's own P stands in the upper left corner, and zeros everywhere else.
+    """
+    if lengths is not None:
+        return _ragged_matrix(method, scores, scores.shape[-1] if k is None else k, lengths)
     if k is not None and hasattr(method, "rows"):
         return method.rows(scores, k)
     p = method(scores)
     if isinstance(p, tuple):  # a SortingNetwork gives (sorted, P)
         p = p[1]
     return p if k is None else p[..., :k, :]
+
+
+def _ragged_matrix(method: Any, scores: Tensor, k: int, lengths: Tensor) -> Tensor:
+    if hasattr(method, "rows"):
+        p = with_lengths(method, lambda: method.rows(scores, k, lengths))
+    else:
+        log_p = with_lengths(method, lambda: method.log_probabilities(scores, lengths))[0]
+        p = log_p[..., :k, :].exp().to(scores.dtype)
+    present = places(lengths, scores.shape[-1])
+    return p * (present[..., :k].unsqueeze(-1) & present.unsqueeze(-2))
+
+
+def places(lengths: Tensor, n: int) -> Tensor:
+    """Which of n places a list of each length fills: (...,) -> (..., n)."""
+    return torch.arange(n, device=lengths.device) < lengths.unsqueeze(-1)
+
+
+def with_lengths(method: Any, call: Callable[[], Result]) -> Result:
+    """What ``call`` returns, which gives lengths to ``method``; :class:`ArgumentTypeError` if that cannot take them."""
+    if not isinstance(method, LogProbabilities):
+        raise ArgumentTypeError(
+            f"mask needs a method that knows list lengths; got the callable {method!r}. "
+            "Use one of the methods given by name."
+        )
+    try:
+        return call()
+    except NewtonPluginError:
+        raise
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"mask needs a method that knows list lengths, log_probabilities(scores, lengths); {method!r} says: {error}"
+        ) from error

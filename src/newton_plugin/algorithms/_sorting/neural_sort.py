@@ -84,12 +84,12 @@ class NeuralSort:
         """P: scores (..., n) -> (..., n, n)."""
         return self.rows(scores, scores.shape[-1] if scores.ndim else 0)
 
-    def rows(self, scores: Tensor, k: int) -> Tensor:
+    def rows(self, scores: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
         """The first k rows of P: scores (..., n) -> (..., k, n)."""
         dtype = torch.float32 if scores.element_size() < 4 else scores.dtype
         n = scores.shape[-1] if scores.ndim else 0
-        if n <= 16 or dtype == torch.float64:
-            return torch.softmax(self._logits(scores, k), dim=-1).to(scores.dtype)
+        if lengths is not None or n <= 16 or dtype == torch.float64:
+            return torch.softmax(self._logits(scores, k, lengths), dim=-1).to(scores.dtype)
         return torch.softmax(self._relative_logits(scores, k).to(dtype), dim=-1).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

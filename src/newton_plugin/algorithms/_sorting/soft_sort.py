@@ -77,13 +77,14 @@ class SoftSort:
         """P: scores (..., n) -> (..., n, n)."""
         return self.rows(scores, scores.shape[-1] if scores.ndim else 0)
 
-    def rows(self, scores: Tensor, k: int) -> Tensor:
+    def rows(self, scores: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
         """The first k rows of P: scores (..., n) -> (..., k, n)."""
         check_scores(scores)
         s = scores.float() if scores.element_size() < 4 else scores
         if self.p == 2:
             s = 0.5 * s  # so that the difference of two finite numbers is finite; the factor 4 comes back below
-        in_order = s.sort(dim=-1, stable=True).values
+        absent = _absent(s, lengths)
+        in_order = s.sort(dim=-1, stable=True).values if absent is None else _in_order(s, absent)
         if k < s.shape[-1]:
             in_order = in_order[..., :k]
         d = in_order.unsqueeze(-1) - s.unsqueeze(-2)
@@ -92,6 +93,8 @@ class SoftSort:
             z = d * d.detach().sign().mul_(-1 / self.temperature)
         else:
             z = d * d * (-4 / self.temperature)
+        if absent is not None:
+            z = z.masked_fill(absent.unsqueeze(-2), log_zero(z))
         return torch.softmax(z, dim=-1).to(scores.dtype)
 
     def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
@@ -102,13 +105,21 @@ class SoftSort:
         """``(log P, log(1 - P))``: scores (..., n), n >= 2 -> two of (..., n, n), in float64."""
         check_scores(scores)
         s = wide(scores)
-        key, absent = s.detach(), None
-        if lengths is not None:
-            absent = torch.arange(s.shape[-1], device=s.device) >= lengths.unsqueeze(-1)
-            key = key.masked_fill(absent, torch.inf)
-        in_order = s.gather(-1, key.sort(dim=-1, stable=True).indices)
+        absent = _absent(s, lengths)
+        in_order = _in_order(s, absent)
         distance = in_order.unsqueeze(-1) - s.unsqueeze(-2)
         z = (distance.abs() if self.p == 1 else distance.square()) * (-1 / self.temperature)
         if absent is not None:
             z = z.masked_fill(absent.unsqueeze(-2), log_zero(z))
         return log_softmax_and_complement(z)
+
+
+def _absent(s: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Which places no list element fills, (..., n)."""
+    return None if lengths is None else torch.arange(s.shape[-1], device=s.device) >= lengths.unsqueeze(-1)
+
+
+def _in_order(s: Tensor, absent: Tensor | None) -> Tensor:
+    """The scores sorted, absent ones at the end."""
+    key = s.detach() if absent is None else s.detach().masked_fill(absent, torch.inf)
+    return s.gather(-1, key.sort(dim=-1, stable=True).indices)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.algorithms._list_loss.function import jvp_by_vjp
 from newton_plugin.algorithms._log_domain import wide
 from newton_plugin.algorithms._sorting_network.layers import Layer, split
@@ -53,6 +54,7 @@ class Network(Protocol):
         ...
 
 
+@untraced
 class Chain(torch.autograd.Function):
     """``apply(x (wires, 1, lists), network) -> (P (wires, n, lists), ...)``; the other outputs are for the backward."""
 

@@ -34,6 +34,11 @@ class Layer(NamedTuple):
     # per pair 1: the smaller goes to the first wire, -1: to the second, 0: the pair rests
     direction: tuple[int, ...]
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks; where there are no lists, a view cannot infer it."""
+        return self.pairs // self.step
+
     def wires(self) -> list[tuple[int, int, int]]:
         """(first wire, second wire, direction) of each pair."""
         first = [self.offset + p // self.step * 2 * self.step + p % self.step for p in range(self.pairs)]

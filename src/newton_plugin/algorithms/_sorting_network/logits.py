@@ -126,7 +126,7 @@ class NetworkLogits:
         furthest = -math.log(least)
         for layer, at in zip(self._layers, self._pairs, strict=True):
             pair, partner = _pairs(state, layer), _pairs(buffer, layer)
-            stays, moves = (log[at].view(-1, layer.step, 1, log.shape[-1]) for log in (log_v, log_q))
+            stays, moves = (log[at].view(layer.blocks, layer.step, 1, log.shape[-1]) for log in (log_v, log_q))
             torch.add(pair[:, 1], moves, out=partner[:, 0])
             torch.add(pair[:, 0], moves, out=partner[:, 1])
             pair.add_(stays.unsqueeze(1))
@@ -159,7 +159,7 @@ class NetworkLogits:
             torch.add(stayed[:, 0], moved[:, 1], out=pair[:, 0])
             torch.add(stayed[:, 1], moved[:, 0], out=pair[:, 1])
             a, b = split(x, layer)
-            here = arrived[:, at].view(3, -1, layer.step, arrived.shape[-1])
+            here = arrived[:, at].view(3, layer.blocks, layer.step, arrived.shape[-1])
             torch.sum(both, (2, 4), out=here[:2])
             torch.sub(a, b, out=here[2])
             gap = (here * self._first[:, at].view_as(here)).sum(0)
@@ -239,7 +239,7 @@ def _least(like: Tensor) -> float:
 
 def _pairs(state: Tensor, layer: Layer) -> Tensor:
     """(wires, k, lists) -> a view (blocks, 2, step, k, lists)."""
-    return state.narrow(0, layer.offset, 2 * layer.pairs).view(-1, 2, layer.step, *state.shape[1:])
+    return state.narrow(0, layer.offset, 2 * layer.pairs).view(layer.blocks, 2, layer.step, *state.shape[1:])
 
 
 def _of_lists(state: Tensor, layer: Layer) -> Tensor:

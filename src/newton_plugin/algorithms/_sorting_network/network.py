@@ -31,7 +31,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, 
 from newton_plugin.algorithms._list_loss.chunks import InChunks, chunk_of
 from newton_plugin.algorithms._list_loss.function import row_weight
 from newton_plugin.algorithms._list_loss.row_loss import RowLoss
-from newton_plugin.algorithms._list_loss.scores import check_scores
+from newton_plugin.algorithms._list_loss.scores import check_lengths, check_scores
 from newton_plugin.algorithms._log_domain import log_zero, wide
 from newton_plugin.algorithms._sorting_network.chain import Chain
 from newton_plugin.algorithms._sorting_network.layers import LAYOUTS, Layer, join, schedule, split
@@ -39,7 +39,7 @@ from newton_plugin.algorithms._sorting_network.logits import NetworkLogits
 from newton_plugin.algorithms._sorting_network.ragged import BitonicLists, Lists, OddEvenLists
 from newton_plugin.algorithms._sorting_network.swaps import SWAPS, log_swap, swap
 
-__all__ = ["AnyLengthNetwork", "SortingNetwork"]
+__all__ = ["SortingNetwork"]
 
 
 class SortingNetwork(torch.nn.Module):
@@ -138,17 +138,17 @@ class SortingNetwork(torch.nn.Module):
         values, _ = self._swap_shares(self._prepare(scores))
         return self._to_lists(values, scores).squeeze(-1).to(scores.dtype)
 
-    def ranks(self, scores: Tensor) -> Tensor:
+    def ranks(self, scores: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Soft ranks ``P^T (0, ..., n-1)``, without P: (..., n) -> (..., n)."""
         x = self._prepare(scores)
         places = torch.arange(self.n, dtype=x.dtype, device=x.device).unsqueeze(-1)
-        return self._to_lists(self._transposed(x, places), scores).squeeze(-1).to(scores.dtype)
+        return self._to_lists(self._transposed(x, places, lengths), scores).squeeze(-1).to(scores.dtype)
 
-    def rows(self, scores: Tensor, k: int) -> Tensor:
+    def rows(self, scores: Tensor, k: int, lengths: Tensor | None = None) -> Tensor:
         """The first k rows of P, without the others: (..., n) -> (..., k, n)."""
         x = self._prepare(scores)
         units = torch.eye(self.n, k, dtype=x.dtype, device=x.device)
-        return self._to_lists(self._transposed(x, units), scores).transpose(-1, -2).to(scores.dtype)
+        return self._to_lists(self._transposed(x, units, lengths), scores).transpose(-1, -2).to(scores.dtype)
 
     def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(log P, log(1 - P))``: scores (..., n) -> two of (..., n, n), in float64.
@@ -157,8 +157,10 @@ class SortingNetwork(torch.nn.Module):
         network of its own length.
         """
         x = wide(self._prepare(scores))
-        state = self._log_identity(x)
-        lists = None if lengths is None or not self._layers else self._ragged(lengths.flatten(), x.shape[0])
+        if lengths is not None:
+            check_lengths(scores, lengths)
+        state = self._of_one(self._log_identity(x), x)
+        lists = self._ragged(lengths, x)
         if lists is not None:
             x, state = lists.enter(x), lists.enter(state)
         for depth, (layer, slope) in enumerate(zip(self._layers, self.slopes(x), strict=True)):
@@ -198,7 +200,8 @@ class SortingNetwork(torch.nn.Module):
             active = [s != 0 if isinstance(s, Tensor) and self._resting else None for s in slopes]
             enter = leave = leave_adjoint = lambda state: state
         else:
-            lists = self._ragged(lengths, x.shape[0])
+            lists = self._ragged(lengths, x)
+            assert lists is not None
             slopes = [
                 lists.slope(layer, depth, s) for depth, (layer, s) in enumerate(zip(self._layers, slopes, strict=True))
             ]
@@ -214,10 +217,13 @@ class SortingNetwork(torch.nn.Module):
 
         return NetworkLogits(x, logs, self._layers, slopes, active, self.swap, directions, to_state, to_lists)
 
-    def _ragged(self, lengths: Tensor, wires: int) -> Lists:
+    def _ragged(self, lengths: Tensor | None, x: Tensor) -> Lists | None:
+        """Where the lists of x (wires, 1, lists) lie; None if all fill the network, or nothing is sorted."""
+        if lengths is None or not self._layers:
+            return None
         if self.layout == "odd_even":
-            return OddEvenLists(lengths)
-        return BitonicLists(lengths, wires, self._resting, self.steepness)
+            return OddEvenLists(lengths.flatten())
+        return BitonicLists(lengths.flatten(), x.shape[0], self._resting, self.steepness)
 
     def _prepare(self, scores: Tensor) -> Tensor:
         """(..., n) -> (wires, 1, lists)."""
@@ -228,7 +234,7 @@ class SortingNetwork(torch.nn.Module):
                 f"{tuple(scores.shape)}. Build one with SortingNetwork({scores.shape[-1]})."
             )
         x = scores.float() if scores.element_size() < 4 else scores
-        return self._with_resting(x.reshape(-1, self.n).t().unsqueeze(1))
+        return self._with_resting(x.unsqueeze(0).flatten(0, -2).t().unsqueeze(1))
 
     def _columns(self, columns: Tensor, x: Tensor) -> Tensor:
         """The same columns (n, k) for every list of x: (wires, k, lists)."""
@@ -258,71 +264,45 @@ class SortingNetwork(torch.nn.Module):
         q = swap(self.swap, gap * slope)
         return q * (slope != 0) if self._resting and isinstance(slope, Tensor) else q
 
-    def _swap_shares(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Sorted values (wires, 1, lists), and the share q (blocks, step, 1, lists) of each layer; float64 inside."""
+    def _swap_shares(self, x: Tensor, lists: Lists | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Sorted values (wires, 1, lists), and the share q (blocks, step, 1, lists) of each layer; float64 inside.
+
+        With ``lists``, x and the values are where these lie.
+        """
         dtype, shares = x.dtype, []
         x = wide(x)
-        for layer, slope in zip(self._layers, self.slopes(x), strict=True):
+        for depth, (layer, slope) in enumerate(zip(self._layers, self.slopes(x), strict=True)):
             a, b = split(x, layer)
-            q = self._share(b - a, slope)
+            if lists is None:
+                q = self._share(b - a, slope)
+            else:
+                q = swap(self.swap, (b - a) * lists.slope(layer, depth, slope)) * lists.active(layer, depth)
             shares.append(q.to(dtype))
             x = join(torch.lerp(a, b, q), torch.lerp(b, a, q), x, layer)  # exact at q = 0 and q = 1
         return x.to(dtype), shares
 
-    def _transposed(self, x: Tensor, columns: Tensor) -> Tensor:
-        """``P^T columns``: x (wires, 1, lists), columns (n, k) -> (wires, k, lists)."""
-        _, shares = self._swap_shares(x)
-        state = self._columns(columns, x)
+    def _transposed(self, x: Tensor, columns: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``P^T columns``: x (wires, 1, lists), columns (n, k) -> (wires, k, lists).
+
+        With ``lengths``, of the first so many elements and columns of each list; the others hold anything finite.
+        """
+        state, lists = self._of_one(self._columns(columns, x), x), self._ragged(lengths, x)
+        if lists is not None:
+            x, state = lists.enter(x), lists.enter(state)
+        _, shares = self._swap_shares(x, lists)
         for layer, q in zip(reversed(self._layers), reversed(shares), strict=True):
             state = _apply(q, state, layer)
-        return state
+        return state if lists is None else lists.leave(state)
+
+    def _of_one(self, state: Tensor, x: Tensor) -> Tensor:
+        """The state; for lists of one element, which no layer changes, with the derivative zero in place of none."""
+        return state if self._layers else state + 0.0 * torch.nan_to_num(x)
 
     def _log_identity(self, x: Tensor) -> Tensor:
         """(wires, 2n, lists): log I beside log(1 - I), for x (wires, 1, lists)."""
         one = torch.eye(self.n, dtype=torch.bool, device=x.device)
         logs = torch.zeros(self.n, 2 * self.n, dtype=x.dtype, device=x.device)
         return self._columns(logs.masked_fill(torch.cat((~one, one), -1), log_zero(x)), x)
-
-
-class AnyLengthNetwork:
-    """A sorting network for lists of any length: one :class:`SortingNetwork` for each length and device, kept."""
-
-    def __init__(self, layout: str = "odd_even", swap: str = "logistic", steepness: float = 10.0) -> None:
-        self._arguments = (layout, swap, steepness)
-        self._networks: dict[tuple[int, torch.device], SortingNetwork] = {}
-        SortingNetwork(1, *self._arguments)  # a wrong argument fails here, not at the first batch
-
-    def __repr__(self) -> str:
-        layout, swap, steepness = self._arguments
-        return f"SortingNetwork(layout={layout!r}, swap={swap!r}, steepness={steepness})"
-
-    def of(self, scores: Tensor) -> SortingNetwork:
-        """The network for lists of this length, on this device."""
-        check_scores(scores)
-        key = (scores.shape[-1], scores.device)
-        if key not in self._networks:
-            self._networks[key] = SortingNetwork(key[0], *self._arguments).to(scores.device)
-        return self._networks[key]
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """P: scores (..., n) -> (..., n, n)."""
-        return self.of(scores)(scores)[1]
-
-    def rows(self, scores: Tensor, k: int) -> Tensor:
-        """The first k rows of P."""
-        return self.of(scores).rows(scores, k)
-
-    def ranks(self, scores: Tensor) -> Tensor:
-        """Soft ranks, without P."""
-        return self.of(scores).ranks(scores)
-
-    def ranking(self, scores: Tensor, target: Tensor, lengths: Tensor | None = None) -> InChunks:
-        """The ranking loss of lists (N, n), n >= 2, with its derivatives: see ``RankingLoss``."""
-        return self.of(scores).ranking(scores, target, lengths)
-
-    def log_probabilities(self, scores: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(log P, log(1 - P))``."""
-        return self.of(scores).log_probabilities(scores, lengths)
 
 
 def _apply(q: Tensor, state: Tensor, layer: Layer) -> Tensor:

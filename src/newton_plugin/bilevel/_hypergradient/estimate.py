@@ -24,9 +24,9 @@ from newton_plugin.bilevel._hypergradient.solvers import (
     stretch,
     truncated_conjugate_gradients,
 )
-from newton_plugin.bilevel._tensors import Vector, axpy, subtract
+from newton_plugin.bilevel._tensors import Vector, axpy, norm, subtract
 
-__all__ = ["POWER_ITERATIONS", "Estimate", "LinearSystem", "SolverState", "check_dependence", "inverse_bound"]
+__all__ = ["POWER_ITERATIONS", "Estimate", "LinearSystem", "SolverState", "check_dependence", "inverse_bound", "ratio"]
 
 POWER_ITERATIONS = 10  # they estimate L at the first step
 
@@ -38,10 +38,17 @@ class SolverState:
     Attributes:
         solution: v, if the solver is "linear".
         bound: the largest curvature seen so far, no dimensions, if the user gave no scale.
+        reach: the largest ``||v||`` that stable iterations can have reached, no dimensions, if the solver is "linear".
+        excess: ``||v||`` relative to that, no dimensions; of this step, and not carried.
+
+    An iteration ``v - s (H v - b)`` is stable if ``0 <= H <= 2/s``. Then ``||I - s H|| <= 1``, so that every iteration
+    makes v longer by ``s ||b||`` at most. Beyond 1, the excess says that H is not so, and how much that has mattered.
     """
 
     solution: Vector | None = None
     bound: Tensor | None = None
+    reach: Tensor | None = None
+    excess: Tensor | None = None
 
 
 @dataclass
@@ -115,17 +122,21 @@ class LinearSystem:
         hv, dxy = products.both(v)
         if self.scale is None:
             state = self._raised(state, stretch(hv, v))
-        following = axpy(self._step(state), subtract(b, hv), v)
-        return v, dxy, replace(state, solution=following)
+        step = self._step(state)
+        following = axpy(step, subtract(b, hv), v)
+        reach = (norm(v) if state.reach is None else state.reach) + step * norm(b)
+        return v, dxy, replace(state, solution=following, reach=reach, excess=ratio(norm(following), reach))
 
     def _solved(self, products: Products, b: Vector, state: SolverState) -> tuple[Vector, SolverState]:
         if self.solver == "cg":
             return truncated_conjugate_gradients(products.lower, b, self.terms), state
         if self.scale is None and state.bound is None:
             state = replace(state, bound=largest_eigenvalue(products.lower, b, POWER_ITERATIONS))
-        watch = self.scale is None
-        solution = richardson(products.lower, b, step=self._step(state), terms=self.terms, watch=watch)
-        return solution.v, self._raised(state, solution.stretch)
+        watch, step = self.scale is None, self._step(state)
+        solution = richardson(products.lower, b, step=step, terms=self.terms, watch=watch)
+        reach = step * self.terms * norm(b)
+        state = self._raised(state, solution.stretch)
+        return solution.v, replace(state, reach=reach, excess=ratio(norm(solution.v), reach))
 
     def _step(self, state: SolverState) -> float | Tensor:
         if self.scale is not None:
@@ -138,6 +149,11 @@ class LinearSystem:
             return state
         bound = seen if state.bound is None else torch.maximum(state.bound.to(seen), seen)
         return replace(state, bound=bound)
+
+
+def ratio(length: Tensor, reach: Tensor) -> Tensor:
+    """``length / reach``, and 0 for 0/0."""
+    return length / reach.clamp_min(torch.finfo(reach.dtype).tiny)
 
 
 def inverse_bound(bound: Tensor) -> Tensor:

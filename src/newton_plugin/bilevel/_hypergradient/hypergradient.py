@@ -10,12 +10,13 @@ from torch import Tensor
 
 from newton_plugin._errors import check_choice, check_positive
 from newton_plugin.bilevel._errors import NotConvergedError, check_count
-from newton_plugin.bilevel._hypergradient.estimate import POWER_ITERATIONS, check_dependence, inverse_bound
+from newton_plugin.bilevel._hypergradient.divergence import strayed, warn_of_divergence
+from newton_plugin.bilevel._hypergradient.estimate import POWER_ITERATIONS, check_dependence, inverse_bound, ratio
 from newton_plugin.bilevel._hypergradient.oracle import Oracle
 from newton_plugin.bilevel._hypergradient.products import lower_products
 from newton_plugin.bilevel._hypergradient.solvers import conjugate_gradients, largest_eigenvalue, richardson
 from newton_plugin.bilevel._parameters import check_disjoint, tensors_of
-from newton_plugin.bilevel._tensors import subtract
+from newton_plugin.bilevel._tensors import norm, subtract
 
 __all__ = ["hypergradient"]
 
@@ -71,6 +72,10 @@ def hypergradient(
         NoGradientError: a loss is detached, or does not depend on the parameters it should depend on.
         DoubleBackwardError: an operation of the lower loss has no second derivative.
 
+    Warns:
+        DivergenceWarning: "linear" or "neumann" went away from a solution: ``scale`` is too large, or the lower loss is
+            not convex.
+
     With "cg" and "linear" the host waits for the device once or twice an iteration.
 
     Source: implicit differentiation; Pedregosa, ICML 2016 (conjugate gradients); Lorraine et al., AISTATS 2020
@@ -109,6 +114,8 @@ def hypergradient(
         step = inverse_bound(largest_eigenvalue(products.lower, above.y, POWER_ITERATIONS)) if scale is None else scale
         until = tol if solver == "linear" else None
         solution = richardson(products.lower, above.y, step=step, terms=limit, tol=until)
+        excess = float(ratio(norm(solution.v), step * limit * norm(above.y)))
+        warn_of_divergence("hypergradient", "", [strayed(excess, scale)])
     if solver != "neumann" and terms is None and not solution.residual <= tol:
         raise NotConvergedError(
             f'solver="{solver}" stopped after {limit} iterations at a relative residual of {solution.residual:.2g}; '

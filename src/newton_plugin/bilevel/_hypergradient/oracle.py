@@ -19,7 +19,7 @@ from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError
 from newton_plugin.bilevel._hypergradient.replay import Replay
 from newton_plugin.bilevel._tensors import assign, zeros_like
 
-__all__ = ["Closure", "Oracle", "OracleCalls", "UpperGradients", "filled"]
+__all__ = ["Closure", "Oracle", "OracleCalls", "UpperGradients", "dense", "filled"]
 
 Closure = Callable[[], Tensor]
 
@@ -164,5 +164,12 @@ class Oracle:
 
 
 def filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, detached, with zeros in place of None."""
-    return [zeros_like([p])[0].detach() if g is None else g.detach() for g, p in zip(gradients, like, strict=True)]
+    """The gradients, dense and detached, with zeros in place of None."""
+    return [
+        zeros_like([p])[0].detach() if g is None else dense(g).detach() for g, p in zip(gradients, like, strict=True)
+    ]
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as an ordinary tensor, with its graph. That of an ``Embedding(sparse=True)`` is sparse."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from newton_plugin._errors import SingularCurvatureError
 from newton_plugin.bilevel._errors import DoubleBackwardError
-from newton_plugin.bilevel._hypergradient.oracle import Oracle, filled
+from newton_plugin.bilevel._hypergradient.oracle import Oracle, dense, filled
 from newton_plugin.bilevel._tensors import Vector, axpy, norm, scale, subtract
 
 __all__ = ["AutogradProducts", "DifferenceProducts", "Products", "lower_products"]
@@ -47,7 +47,7 @@ class AutogradProducts:
         self.gradient = filled(graph, oracle.lower)
         # Tensors of grad_y G that are constant have no second derivative.
         self._live = [i for i, g in enumerate(graph) if g is not None and g.requires_grad]
-        self._graph = [g for g in graph if g is not None and g.requires_grad]
+        self._graph = [dense(g) for g in graph if g is not None and g.requires_grad]
         if not self._graph:
             raise SingularCurvatureError(_NO_CURVATURE)
         if oracle.inspects_graphs and _has_dead_end(self._graph):

@@ -7,6 +7,7 @@ A method computes new parameters and new state from copies (``_advance``); both 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, check_choice, check_positive
 from newton_plugin.bilevel._errors import GradScalerError, check_count, check_fraction
+from newton_plugin.bilevel._hypergradient.divergence import grown, strayed, warn_of_divergence
 from newton_plugin.bilevel._hypergradient.estimate import SolverState
 from newton_plugin.bilevel._hypergradient.oracle import Closure, Oracle, OracleCalls
 from newton_plugin.bilevel._methods.options import Options
 from newton_plugin.bilevel._parameters import check_disjoint, level_groups
-from newton_plugin.bilevel._tensors import Vector, axpy_each, lerp, norm, scale
+from newton_plugin.bilevel._tensors import Vector, axpy_each, lerp, norm, numbers, scale
 
 __all__ = ["BilevelOptimizer", "Params", "Update"]
 
@@ -114,13 +116,16 @@ class BilevelOptimizer(torch.optim.Optimizer):
         upper, lower = self._active("upper"), self._active("lower")
         oracle = Oracle(None, lower_closure, upper, lower, self.calls)
         with oracle.undone_on_error() as (_, y):
-            previous, value = y, y[0]
+            previous, value, start = y, y[0], norm(y)
             for _ in range(steps):
                 w = self._extrapolated(y, previous)
                 oracle.place(y=w)
                 value, gradient = oracle.lower_value_and_gradient(repeats=False)
                 previous, y = y, self._descended("lower", w, gradient)
-            _check_finite(norm(y), "the lower parameters after warm_start", "Lower lr_lower.")
+            before, after = numbers([start, norm(y)])
+            _check_finite([before, after], "the lower parameters after warm_start", "Lower lr_lower.")
+            finding = grown("lower", after, before, max(self._each("lower", "lr")), self._progress.get("bound"))
+            warn_of_divergence(type(self).__name__, " in warm_start", [finding])
         oracle.place(y=y)
         for p in lower:
             for name in ("previous", "average"):
@@ -147,6 +152,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         Raises:
             NoGradientError: a loss is detached, or does not depend on the parameters it should depend on.
             NonFiniteError: NaN or infinity in the hypergradient (one host synchronisation a step finds out).
+            DivergenceWarning: once, if parameters or the solution of the linear system grow beyond reason.
             DoubleBackwardError, SingularCurvatureError: see :func:`hypergradient`.
             GradScalerError: called through a ``GradScaler``.
 
@@ -163,12 +169,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         oracle = Oracle(upper_closure, lower_closure, upper, lower, self.calls, self._progress["steps"] == 0)
         with oracle.undone_on_error() as (x, y):
             update = self._advance(oracle, x, y)
-            size = norm([norm(update.upper), norm(update.lower)])
-            _check_finite(
-                size,
-                "the step",
-                "Lower lr_lower or scale, add weight decay to the lower loss, or clip inside the closures.",
-            )
+            progress = self._observed(update, x, y)
         oracle.place(update.upper, update.lower)
         for params, entries in ((oracle.upper, update.upper_state), (oracle.lower, update.lower_state)):
             for name, values in entries.items():
@@ -177,15 +178,48 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if update.solver.solution is not None:
             for p, value in zip(oracle.lower, update.solver.solution, strict=True):
                 self.state[p]["solution"] = value
-        progress = {**self._progress, "steps": self._progress["steps"] + 1}  # a new dict: checkpoints hold the old one
-        if update.solver.bound is not None:
-            progress["bound"] = update.solver.bound
         self.state["progress"] = progress  # type: ignore[index]
         return update.value
 
     def _advance(self, oracle: Oracle, x: Vector, y: Vector) -> Update:
         """The method: new values from the copies ``x`` and ``y``. It may write any values into the parameters."""
         raise AssertionError(f"{type(self).__name__} is the base of the methods; use AccBO, MASOBA, BOREP or StocBiO.")
+
+    def _observed(self, update: Update, x: Vector, y: Vector) -> dict[str, Any]:
+        """The progress after this step, with what one read of the device shows of it.
+
+        Raises:
+            NonFiniteError: something is NaN or infinite.
+        """
+        progress = {**self._progress}  # a new dict: checkpoints hold the old one
+        progress["steps"] += 1
+        solver = update.solver
+        lengths = [norm(update.upper), norm(update.lower)]
+        if solver.excess is not None:
+            lengths.append(solver.excess)
+        if "start" not in progress:
+            lengths += [norm(x), norm(y)]
+        seen = numbers(lengths)
+        _check_finite(
+            seen,
+            "the step",
+            "Lower lr_lower or scale, add weight decay to the lower loss, or clip inside the closures.",
+        )
+        progress.setdefault("start", seen[-2:])
+        if solver.bound is not None:
+            progress["bound"] = solver.bound
+        if solver.solution is not None and solver.reach is not None:
+            progress["reach"] = solver.reach
+        if not progress.get("diverges"):
+            progress["diverges"] = self._diverges(seen, progress, 0.0 if solver.excess is None else seen[2])
+        return progress
+
+    def _diverges(self, seen: Sequence[float], progress: dict[str, Any], excess: float) -> bool:
+        findings = [strayed(excess, self._options.scale)]
+        for level, now, start in zip(("upper", "lower"), seen, progress["start"], strict=False):
+            findings.append(grown(level, now, start, max(self._each(level, "lr")), progress.get("bound")))
+        # Between the user's line and this one are torch's wrapper, step and _observed.
+        return warn_of_divergence(type(self).__name__, f" at step {progress['steps']}", findings, stacklevel=6)
 
     @property
     def _progress(self) -> dict[str, Any]:
@@ -197,7 +231,7 @@ class BilevelOptimizer(torch.optim.Optimizer):
         if all(v is None for v in known):
             return SolverState(None, self._progress.get("bound"))
         solution = [torch.zeros_like(p) if v is None else v for p, v in zip(lower, known, strict=True)]
-        return SolverState(solution, self._progress.get("bound"))
+        return SolverState(solution, self._progress.get("bound"), self._progress.get("reach"))
 
     def _active(self, level: str) -> list[Tensor]:
         params = [p for g in self.param_groups if g["level"] == level for p in g["params"] if p.requires_grad]
@@ -247,6 +281,6 @@ class BilevelOptimizer(torch.optim.Optimizer):
         return self._progress["steps"] % self._options.lower_every == 0
 
 
-def _check_finite(size: Tensor, what: str, remedy: str) -> None:
-    if not bool(torch.isfinite(size)):
+def _check_finite(numbers: Iterable[float], what: str, remedy: str) -> None:
+    if not all(map(math.isfinite, numbers)):
         raise NonFiniteError(f"{what} holds NaN or infinity; the parameters are as they were. {remedy}")
