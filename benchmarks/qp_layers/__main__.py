@@ -306,7 +306,7 @@ def summary(rows: list[dict]) -> str:
         worst = [max((r[k] for r in own if k in r), default=None) for k in ("x_error", "gradient_error")]
         if None not in worst and name != "active set known":
             errors.append({"largest relative error": name, "x": f"{worst[0]:.0e}", "gradients": f"{worst[1]:.0e}"})
-    return markdown(table) + "\n\n" + markdown(errors)
+    return "\n\n".join((markdown(table), markdown(errors), sparse.accuracy_table(rows)))
 
 
 def compile_seconds() -> list[float]:

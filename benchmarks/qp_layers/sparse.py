@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.tables import markdown
 from scipy import sparse
 from scipy.sparse.linalg import splu
 from torch import Tensor
@@ -167,6 +168,18 @@ def limit(problem: SparseProblem) -> Callable:
         return torch.from_numpy(factor.solve(-t["p"].detach().numpy()))
 
     return run
+
+
+def accuracy_table(rows: list[dict]) -> str:
+    """Time and accuracy side by side: a loose answer takes less time, so OSQP is there at both accuracies."""
+    table = []
+    for row in rows:
+        method, name = row["method"], "ours" if row["method"] == "ours (auto)" else row["method"]
+        if row["case"] == "sparse" and (name != method or method == "moreau" or method.startswith("OSQP")):
+            line = {"sparse, n": row["n"], "active": f"{100 * row['active']:.0f} %", "method": name}
+            line |= {"ms": f"{row['ms']:.3g}", "time / ours": f"{row.get('peer/ours', 1):.2g}"}
+            table.append(line | {"error of x": f"{row['x_error']:.0e}", "of gradients": f"{row['gradient_error']:.0e}"})
+    return markdown(table)
 
 
 def cases(quick: bool) -> Iterator[tuple[dict, list[SparseProblem], dict[str, Callable]]]:

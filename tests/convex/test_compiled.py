@@ -272,7 +272,7 @@ def test_a_change_in_any_file_of_the_kernels_compiles_them_again(tmp_path: Path)
 
 
 def test_the_thresholds_of_both_paths_are_the_same() -> None:
-    from newton_plugin.convex._active_set import definite, pivoting
+    from newton_plugin.convex._active_set import judge, pivoting
     from newton_plugin.convex._active_set import solve as torch_solve
     from newton_plugin.convex._compiled import certify, solve_one
     from newton_plugin.convex._compiled import pivoting as compiled_pivoting
@@ -281,6 +281,6 @@ def test_the_thresholds_of_both_paths_are_the_same() -> None:
 
     assert compiled_rows.DEPENDENT == rows._DEPENDENT
     assert compiled_pivoting._ROUNDS == pivoting._ROUNDS
-    assert (certify.ROUNDING, certify.TIGHT) == (definite._ROUNDING, definite._TIGHT)
-    assert certify.MOST_STEPS == definite._MOST_STEPS
+    assert (certify.ROUNDING, certify.TIGHT) == (judge._ROUNDING, judge._TIGHT)
+    assert certify.MOST_STEPS == judge._MOST_STEPS
     assert solve_one._ILL_CONDITIONED == torch_solve._ILL_CONDITIONED

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 
 from newton_plugin import ArgumentError, ArgumentTypeError, NewtonPluginError, ShapeError
-from newton_plugin.convex import ConvexLayer, NonUniqueSolutionWarning, ProblemFailedError, solve_qp
+from newton_plugin.convex import ConvexLayer, NonUniqueSolutionWarning, ProblemFailedError, Status, solve_qp
 
 N = 4
 
@@ -160,6 +160,105 @@ def test_failures_have_a_status(word: str) -> None:
         layer(torch.ones(()))
 
 
+class TestElementsOfABatch:
+    """min t_0/2 |x|^2 + t_1 sum x: quadratic, linear, constant. Each element has its own status."""
+
+    theta = torch.tensor([[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [2.0, 1.0]], dtype=torch.float64)
+
+    @staticmethod
+    def layer(**rows: Any) -> ConvexLayer:
+        return ConvexLayer(lambda x, t: 0.5 * t[0] * x @ x + t[1] * x.sum(), **rows, variables=2, on_failure="nan")
+
+    @pytest.mark.filterwarnings("ignore::newton_plugin.convex.NonUniqueSolutionWarning")
+    def test_without_constraints(self) -> None:
+        layer = self.layer()
+        theta = self.theta.clone().requires_grad_()
+        solution = layer.solve(theta, in_dims=0)
+        assert solution.status.tolist() == [Status.SOLVED, Status.UNBOUNDED, Status.SOLVED, Status.SOLVED]
+        expected = torch.tensor([[-1.0, -1.0], [-0.5, -0.5]], dtype=torch.float64)
+        assert torch.allclose(solution.x[[0, 3]], expected, rtol=1e-12)
+        assert solution.x[1].isnan().all()
+        assert solution.x[2].isfinite().all()  # any point is a minimiser
+        slopes = torch.autograd.grad(solution.x[[0, 3]].sum(), theta)[0]
+        assert torch.allclose(slopes[[0, 3]], torch.tensor([[2.0, -2.0], [0.5, -1.0]], dtype=torch.float64))
+        for i in range(4):
+            alone = layer.solve(self.theta[i])
+            assert alone.status.item() == solution.status[i].item()
+            assert torch.allclose(alone.x, solution.x[i], rtol=1e-12, equal_nan=True)
+
+    def test_what_is_not_unique_is_said(self) -> None:
+        with pytest.warns(NonUniqueSolutionWarning, match=r"batch index 2.*quadratic term in the objective makes"):
+            self.layer().solve(self.theta, in_dims=0)
+
+    @pytest.mark.filterwarnings("ignore::newton_plugin.convex.NonUniqueSolutionWarning")
+    def test_on_a_line(self) -> None:
+        """sum x = 1: the linear and the constant objective are constant there."""
+        solution = self.layer(equality=lambda x, t: x.sum()[None] - 1).solve(self.theta, in_dims=0)
+        assert not solution.status.any()
+        assert torch.allclose(solution.x.sum(-1), torch.ones(4, dtype=torch.float64), rtol=1e-12)
+        assert torch.allclose(solution.x[[0, 3]], torch.full((2, 2), 0.5, dtype=torch.float64), rtol=1e-12)
+        assert torch.allclose(solution.nu[:, 0], torch.tensor([-1.5, -1.0, 0.0, -2.0], dtype=torch.float64), atol=1e-12)
+
+    def test_unbounded_along_a_line(self) -> None:
+        layer = ConvexLayer(lambda x, t: t @ x, lambda x, t: x.sum()[None] - 1, variables=2, on_failure="nan")
+        assert layer.solve(torch.tensor([1.0, -1.0])).status.item() == Status.UNBOUNDED
+
+    @pytest.mark.filterwarnings("ignore::newton_plugin.convex.NonUniqueSolutionWarning")
+    def test_an_own_solver_of_a_linear_objective(self) -> None:
+        none = torch.zeros(0)
+        layer = self.layer(solver=lambda t: (torch.zeros(2), none, none))
+        assert layer.solve(self.theta, in_dims=0).status.tolist() == [0, Status.NOT_CONVERGED, 0, 0]
+
+
+UNDEFINED = {
+    "objective": ConvexLayer(lambda x, t: t * x.sum() - x.log().sum(), variables=4),
+    "its curvature": ConvexLayer(lambda x, t: (x**1.5).sum() + t * x.sum(), variables=2, start=torch.zeros(2)),
+    "inequality": ConvexLayer(lambda x, t: (x - t) @ x, None, lambda x, t: -(x - 2).sqrt(), variables=2),
+    "equality": ConvexLayer(lambda x, t: (x - t) @ x, lambda x, t: x.sum()[None] - (t - 5).sqrt(), variables=2),
+}
+
+
+@pytest.mark.parametrize("what", UNDEFINED)
+def test_what_is_nan_at_the_start_names_the_start(what: str) -> None:
+    message = r"not finite at batch index 0, 1: .*NaN or infinite at the start: give start= inside"
+    with pytest.raises(ProblemFailedError, match=message):
+        UNDEFINED[what](torch.ones(2, dtype=torch.float64), in_dims=0)
+
+
+def test_a_start_inside_the_domain_helps() -> None:
+    layer = ConvexLayer(lambda x, t: t * x.sum() - x.log().sum(), variables=4, start=torch.ones(4))
+    theta = torch.tensor(2.0, dtype=torch.float64)
+    assert torch.allclose(layer(theta), torch.full((4,), 0.5, dtype=torch.float64), rtol=1e-12)  # 1 / t
+
+
+def test_nan_in_theta_is_named() -> None:
+    layer = ConvexLayer(lambda x, t: (x - t) @ (x - t), variables=2, on_failure="nan")
+    solution = layer.solve(torch.tensor([1.0, torch.nan]), in_dims=0)
+    assert solution.status.tolist() == [Status.SOLVED, Status.NOT_FINITE]
+    assert solution.x[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore::newton_plugin.convex.NonUniqueSolutionWarning")  # of the multipliers
+@pytest.mark.parametrize("boxed", [False, True])
+def test_contradictory_equalities_are_named(boxed: bool) -> None:
+    layer = ConvexLayer(
+        lambda x, t: x @ x,
+        lambda x, t: torch.stack([x.sum() - 1, 2 * x.sum() - t]),
+        (lambda x, t: x - 3) if boxed else None,
+        variables=2,
+    )
+    assert torch.allclose(layer(torch.tensor(2.0)), torch.full((2,), 0.5))
+    message = r"inconsistent equalities: equality\(x, theta\) = 0 has no solution: remove"
+    with pytest.raises(ProblemFailedError, match=message):
+        layer(torch.tensor(2.1))
+
+
+def test_infeasible_inequalities_speak_of_the_callers_function() -> None:
+    layer = ConvexLayer(lambda x, t: x @ x, lambda x, t: x.sum()[None] - t, lambda x, t: x - 1, variables=2)
+    with pytest.raises(ProblemFailedError, match=r"infeasible: relax inequality\(x, theta\) <= 0"):
+        layer(torch.tensor(5.0))
+
+
 def test_a_concave_objective_is_refused() -> None:
     layer = ConvexLayer(
         lambda x, t: -t * (x * x).sum(), None, lambda x, t: torch.cat([x - 1, -1 - x]), variables=1, on_failure="nan"
@@ -189,3 +288,10 @@ def test_messages(case: str) -> None:
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_in_inference_mode() -> None:
+    data = qp_data(4)
+    with torch.inference_mode():
+        inside = qp_layer()({name: t.clone() for name, t in data.items()})
+    assert torch.equal(inside, qp_layer()(data))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ShapeError, check_choice, check_floating
+from newton_plugin._runtime.compiler import eager
 from newton_plugin.convex._system.kkt import KKTSolve
 
 __all__ = ["QPSolution"]
@@ -50,6 +51,7 @@ class QPSolution:
             f"solved {int((self.status == 0).sum())} of {self.status.numel()}, solver={self.solver!r})"
         )
 
+    @eager
     def jacobian(self, wrt: str = "p") -> Tensor:
         r"""dx/d(wrt) in closed form: (..., n, *shape of one wrt), wrt one of Q, p, A, b, G, h.
 

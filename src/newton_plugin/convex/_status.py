@@ -46,7 +46,8 @@ _REMEDY = {
     Status.NON_CONVEX: "Q must be positive semi-definite: build it as M M', or give reg larger than its negative "
     "eigenvalue",
     Status.INCONSISTENT: "A x = b has no solution: remove the contradicting rows",
-    Status.NOT_CONVERGED: "scale the problem, or choose another solver",
+    Status.NOT_CONVERGED: "remove rows that nearly depend on each other, add a quadratic term (reg > 0), or choose "
+    "another solver",
     Status.NOT_FINITE: "look for a NaN or an infinity in Q, p, A, b, G or h",
 }
 
@@ -71,17 +72,19 @@ class NonUniqueSolutionWarning(UserWarning):
     """The solution is one of many, so its derivative is only one choice (the least-norm one)."""
 
 
-def report_failures(status: Tensor, on_failure: str, shape: tuple[int, ...]) -> None:
+def report_failures(
+    status: Tensor, on_failure: str, shape: tuple[int, ...], remedies: dict[Status, str] = _REMEDY
+) -> None:
     """Raise or warn as ``on_failure`` asks, and name the batch indices. Costs one host synchronisation."""
     if on_failure == "nan" or not bool((status != 0).any()):
         return
-    message = describe(status, shape)
+    message = describe(status, shape, remedies)
     if on_failure == "raise":
         raise ProblemFailedError(f'{message} on_failure="nan" or "warn" returns NaN for these instead.')
     warnings.warn(f"{message} Their x is NaN.", ProblemFailedWarning, stacklevel=2)
 
 
-def describe(status: Tensor, shape: tuple[int, ...]) -> str:
+def describe(status: Tensor, shape: tuple[int, ...], remedies: dict[Status, str]) -> str:
     """One sentence for each kind of failure: its name, its batch indices and a remedy."""
     if len(shape) > 1 and status.numel() == torch.Size(shape).numel():
         status = status.reshape(shape)
@@ -96,17 +99,20 @@ def describe(status: Tensor, shape: tuple[int, ...]) -> str:
             shown = ", ".join(str(place) for place in places[:20]) + (", ..." if len(places) > 20 else "")
             where = f" at batch index {shown}"
         name = "inconsistent equalities" if kind == Status.INCONSISTENT else name
-        sentences.append(f"{name}{where}: {_REMEDY[kind]}.")
+        sentences.append(f"{name}{where}: {remedies[kind]}.")
     return "no solution: " + " ".join(sentences)
 
 
-def warn_not_unique(which: Tensor, shape: tuple[int, ...]) -> None:
+_REGULARISE = "reg > 0 (e.g. 1e-6 times the scale of Q or p)"
+
+
+def warn_not_unique(which: Tensor, shape: tuple[int, ...], remedy: str = _REGULARISE) -> None:
     """Warn where several x are optimal."""
     places = which.nonzero().flatten().tolist()
     where = f" at batch index {', '.join(map(str, places[:20]))}" if shape else ""
     warnings.warn(
         f"the solution is not unique{where}: x is one of many minimisers and its derivative is the least-norm one. "
-        "reg > 0 (e.g. 1e-6 times the scale of Q or p) makes it unique and differentiable.",
+        f"{remedy} makes it unique and differentiable.",
         NonUniqueSolutionWarning,
         stacklevel=2,
     )

@@ -24,13 +24,17 @@ import torch
 from torch import Tensor
 
 from newton_plugin.convex._status import Status
-from newton_plugin.convex._system.problem import Problem
+from newton_plugin.convex._system.problem import Problem, zero_tolerance
 from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
 from newton_plugin.convex._system.rows import whiten
+from newton_plugin.convex._system.units import row_lengths, size_in, unit_of
 
 __all__ = ["dual_active_set"]
 
 _DEPENDENT = 1e-20  # squared distance of a row of length one to the span of the others
+_CONTAINED = 1e-12  # the same as a sine, for equalities, which are compared all at once
+_SEPARATE = 1e-4  # sine of the angle to the others, below which equalities are replaced by orthogonal ones
+_EPS = torch.finfo(torch.float64).eps
 
 
 class _State:
@@ -44,9 +48,12 @@ class _State:
         self.V = V / safe.unsqueeze(1)
         batch, n, rows = self.V.shape
         self.slack = (problem.c - times(problem.C, x0)) / safe
-        length = torch.linalg.vector_norm(problem.C, dim=-1)
-        reach = torch.linalg.vector_norm(x0, dim=-1, keepdim=True)
-        self.limit = tolerance * (problem.c.abs() + length * reach) / safe
+        unit = unit_of(cholesky)
+        far = row_lengths(problem.C, unit) * size_in(unit, x0) / safe
+        bound = problem.c.abs() / safe
+        self.terms = bound + far
+        # x0 may be much farther away than the solution: of its size only the rounding counts.
+        self.limit = tolerance * bound + zero_tolerance(cholesky, problem.batch, 64 * _EPS) * far
         self.y = torch.zeros_like(self.slack)
         self.inside = torch.zeros_like(self.slack, dtype=torch.bool)
         slots = min(n, rows)
@@ -55,6 +62,30 @@ class _State:
         self.used = torch.zeros(batch, slots, dtype=torch.bool, device=V.device)
         self.status = torch.full((batch,), int(Status.NOT_CONVERGED), device=V.device)
         self.each = torch.arange(batch, device=V.device)
+
+    def separate(self, m: int, precision: float) -> None:
+        """Replace equalities that are nearly dependent by orthogonal ones with the same solutions.
+
+        T has squared the angle between rows; of an angle of 1e-8 nothing would be left. With V_E = U s Z' the rows
+        U' say the same as V_E'. Where s = 0 no row is left, and Z' of the slacks has to be zero.
+        """
+        E = self.V[..., :m]
+        factor, info = torch.linalg.cholesky_ex(E.mT @ E)
+        if m < 2 or bool(((info == 0) & (factor.diagonal(dim1=-2, dim2=-1) > _SEPARATE).all(-1)).all()):
+            return
+        U, s, Zt = torch.linalg.svd(E)
+        kept = s > max(_CONTAINED, 8 * precision) * s.amax(-1, keepdim=True).clamp(min=1.0)
+        slack = (Zt @ self.slack[:, :m, None]).squeeze(-1)
+        rank = s.shape[-1]
+        slack[:, :rank] /= torch.where(kept, s, 1.0)
+        self.V[..., :m] = 0.0
+        self.V[..., :rank] = U[..., :rank] * kept.unsqueeze(-2)
+        self.slack[:, :m] = slack
+        self.terms[:, :m] = torch.linalg.vector_norm(self.terms[:, :m], dim=-1, keepdim=True)
+
+    def reach(self) -> Tensor:
+        """(B, K): the size of the terms of each slack at the present point."""
+        return self.terms + torch.linalg.vector_norm(times(self.V, self.y), dim=-1, keepdim=True)
 
     def direction(self, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r in the slots, the change of all slacks, and d; for one row (B,) of each problem."""
@@ -94,20 +125,27 @@ class _State:
         self.y[self.each, row] = torch.where(where, 0.0, self.y[self.each, row])
 
 
-def dual_active_set(problem: Problem, cholesky: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-    """Active rows (B, K), independent of each other, and status (B,)."""
+def dual_active_set(
+    problem: Problem, cholesky: Tensor, tolerance: Tensor, precision: float = _EPS
+) -> tuple[Tensor, Tensor]:
+    """Active rows (B, K), and status (B,). The rows are all equalities and independent inequalities.
+
+    ``precision``: the rounding error of the data. Rows that depend on others up to that may contradict them by as much.
+    """
     state = _State(problem, cholesky, tolerance)
+    dependent = max(_DEPENDENT, (8 * precision) ** 2)
+    state.separate(problem.m, precision)
     running = torch.ones_like(state.each, dtype=torch.bool)
     for row in range(problem.m):
-        running &= _add_equality(state, running, row)
+        running &= _add_equality(state, running, row, dependent, tolerance, precision)
     state.status[~running] = int(Status.INCONSISTENT)
     batch, rows = state.slack.shape
     if rows == problem.m:
         state.status[running] = int(Status.SOLVED)
-        return state.inside, state.status
+        return state.inside | problem.is_equality, state.status
     pending = torch.zeros(batch, dtype=torch.bool, device=cholesky.device)
     row = torch.zeros(batch, dtype=torch.long, device=cholesky.device)
-    candidate = ~problem.is_equality
+    candidate = (~problem.is_equality).expand(batch, -1).clone()
     for _ in range(20 * (rows + state.V.shape[1]) + 100):
         free = candidate & ~state.inside
         depth = torch.where(free, -state.slack - state.limit, -torch.inf)
@@ -118,40 +156,48 @@ def dual_active_set(problem: Problem, cholesky: Tensor, tolerance: Tensor) -> tu
             break
         row = torch.where(pending, row, deepest.indices)
         r, change, d = state.direction(row)
-        is_inequality = state.used & candidate[state.slot_row]
+        is_inequality = state.used & (state.slot_row >= problem.m)
         held = state.y.gather(1, state.slot_row)
         blocking = torch.where(is_inequality & (r > 1e-14), held.clamp(min=0) / r.clamp(min=1e-300), torch.inf)
         partial = blocking.min(-1)
-        independent = d > _DEPENDENT
+        independent = d > dependent
         full = torch.where(independent, (-state.slack[state.each, row]).clamp(min=0) / d.clamp(min=1e-300), torch.inf)
         step = torch.minimum(partial.values, full)
         stuck = running & torch.isinf(step)
+        reach = torch.clamp(tolerance, min=8 * precision) * state.reach()
+        rounding = stuck & (-state.slack[state.each, row] <= reach[state.each, row])
+        candidate[state.each, row] &= ~rounding
+        pending &= ~rounding
+        stuck &= ~rounding
         state.status[stuck] = int(Status.INFEASIBLE)
         running &= ~stuck
-        step = torch.where(running, step, 0.0)
+        step = torch.where(running & ~rounding, step, 0.0)
         move = torch.where(state.used, r, 0.0) * step.unsqueeze(-1)
         state.y.scatter_add_(1, state.slot_row, -move)
         state.y[state.each, row] += step
         state.slack += torch.where(independent.unsqueeze(-1), change, 0.0) * step.unsqueeze(-1)
-        complete = running & (full <= partial.values)
-        blocked = running & ~complete
+        complete = running & ~rounding & (full <= partial.values)
+        blocked = running & ~rounding & ~complete
         pending = blocked
         state.join(complete, row, r, d)
         state.leave(blocked, partial.indices)
-    return state.inside, state.status
+    return state.inside | problem.is_equality, state.status
 
 
-def _add_equality(state: _State, running: Tensor, row: int) -> Tensor:
+def _add_equality(
+    state: _State, running: Tensor, row: int, dependent: float, tolerance: Tensor, precision: float
+) -> Tensor:
     """Put an equality in force; false where it contradicts the earlier ones."""
     rows = torch.full_like(state.each, row)
     r, change, d = state.direction(rows)
-    independent = d > _DEPENDENT
+    independent = d > dependent
     adding = running & independent
     step = torch.where(adding, -state.slack[:, row] / torch.where(independent, d, 1.0), 0.0)
     state.y.scatter_add_(1, state.slot_row, -torch.where(state.used, r, 0.0) * step.unsqueeze(-1))
     state.y[:, row] += step
     state.slack += change * step.unsqueeze(-1)
-    consistent = independent | (state.slack[:, row].abs() <= 10 * state.limit[:, row] + 1e-12 * state.y.abs().amax(-1))
+    rounding = torch.clamp(10 * tolerance.squeeze(-1), min=8 * precision) * state.reach()[:, row]
+    consistent = independent | (state.slack[:, row].abs() <= rounding + 1e-12 * state.y.abs().amax(-1))
     if bool(adding.any()):
         state.join(adding, rows, r, d)
     return consistent

@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin.convex._active_set.gram import Gram, PooledGram, SharedGram
+from newton_plugin.convex._active_set.judge import Scale
 from newton_plugin.convex._system.problem import Problem
-from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
+from newton_plugin.convex._system.products import times
+from newton_plugin.convex._system.units import size_in
 
 __all__ = ["Pivoted", "pivot"]
 
@@ -49,19 +51,18 @@ class Pivoted(NamedTuple):
     schur: Tensor
 
 
-def pivot(problem: Problem, cholesky: Tensor, tolerance: Tensor) -> Pivoted:
-    """The active rows of each problem, Q = L L' given; ``tolerance`` (B, 1) as in ``zero_tolerance``."""
-    x0 = -cholesky_apply(cholesky, problem.p)
+def pivot(problem: Problem, cholesky: Tensor, scale: Scale) -> Pivoted:
+    """The active rows of each problem, Q = L L' given."""
+    x0 = scale.minimiser
     slack = problem.c - times(problem.C, x0)
-    gradient = torch.linalg.vector_norm(times_transposed(cholesky, x0), dim=-1, keepdim=True)  # |L'x0| = |L^-1 p|
-    length = torch.linalg.vector_norm(problem.C, dim=-1)
+    tolerance, length = scale.tolerance, scale.length
     batch, count = slack.shape
     if problem.C.ndim == 2 and cholesky.ndim == 2 and (batch > 1 or count <= 3 * problem.p.shape[1]):
         gram: Gram = SharedGram(problem, cholesky, slack)
     else:
         gram = PooledGram(problem, cholesky, slack)
     equality = problem.is_equality
-    threshold = tolerance * (problem.c.abs() + length * torch.linalg.vector_norm(x0, dim=-1, keepdim=True))
+    threshold = tolerance * (problem.c.abs() + length * size_in(scale.unit, x0))
     unit = 1.0 / length.clamp(min=1e-300)
     if problem.m:
         active = equality.expand(batch, -1).clone()
@@ -76,17 +77,17 @@ def pivot(problem: Problem, cholesky: Tensor, tolerance: Tensor) -> Pivoted:
     for _ in range(_ROUNDS):
         now = active if live is None else active[live]
         y, s, size, ok = gram.solve(live, now)
-        scale = gradient if live is None else gradient[live]
+        gradient = scale.start if live is None else scale.start[live]
         limit = threshold if live is None else threshold[live]
         weighted = y * size
-        scale = torch.maximum(scale, weighted.abs().amax(-1, keepdim=True))
-        bound = -(tolerance if live is None else tolerance[live]) * scale
+        gradient = torch.maximum(gradient, weighted.abs().amax(-1, keepdim=True))
+        bound = -(tolerance if live is None else tolerance[live]) * gradient
         leave = now & ~equality & (weighted < bound)
         enter = ~now & (s < -limit)
         wrong = leave | enter
         count = wrong.sum(-1)
         done = ok & (count == 0)
-        lost = ~ok | ~torch.isfinite(scale.squeeze(-1))
+        lost = ~ok | ~torch.isfinite(gradient.squeeze(-1))
         if bool(done.any()):
             gram.keep(live, done)
         here = slice(None) if live is None else live

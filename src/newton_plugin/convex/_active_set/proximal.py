@@ -20,9 +20,10 @@ from torch import Tensor
 
 from newton_plugin.convex._active_set.dual import dual_active_set
 from newton_plugin.convex._status import Status
-from newton_plugin.convex._system.factors import pseudo_inverse
+from newton_plugin.convex._system.factors import factor_rows, pseudo_inverse
+from newton_plugin.convex._system.kkt import kkt_apply
 from newton_plugin.convex._system.problem import Problem, zero_tolerance
-from newton_plugin.convex._system.products import back_substitute, cholesky_apply, times, times_transposed
+from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
 from newton_plugin.convex._system.rows import compress, take_rows
 
 __all__ = ["proximal"]
@@ -30,11 +31,12 @@ __all__ = ["proximal"]
 _STEPS = 60
 
 
-def proximal(problem: Problem, refined: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """B problems with their own Q (B, n, n), positive semi-definite.
+def proximal(problem: Problem, refined: int = 2, *, precision: float, least: float) -> tuple[Tensor, ...]:
+    """B problems with their own Q (B, n, n), positive semi-definite; ``least``: how far sigma falls.
 
     Returns x (B, n), y (B, K), status (B,), active rows (B, K), the pseudo-inverses of the optimality systems
-    (B, n + f, n + f) at ``compress(active)``, and whether the minimiser is unique (B,).
+    (B, n + f, n + f) at ``compress(active)`` (also where it did not converge, so that the rows can be tried), whether
+    the minimiser is unique (B,), and a size of x by the data (B,).
     """
     batch, n = problem.p.shape
     Q, p = problem.Q, problem.p
@@ -46,7 +48,7 @@ def proximal(problem: Problem, refined: int = 2) -> tuple[Tensor, Tensor, Tensor
     size = Q.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     sigma = torch.maximum(1e-3 * size, 0.1 * p.abs().amax(-1) / reach)
     sigma = torch.where(sigma > 0, sigma, 1.0)
-    floor = 1e-5 * sigma
+    floor = least * sigma
     status = torch.full((batch,), int(Status.NOT_CONVERGED), device=p.device)
     active = torch.zeros_like(problem.c, dtype=torch.bool)
     x, y = torch.zeros_like(p), torch.zeros_like(problem.c)
@@ -55,14 +57,21 @@ def proximal(problem: Problem, refined: int = 2) -> tuple[Tensor, Tensor, Tensor
     for _ in range(_STEPS):
         now = problem.at(live)
         s = sigma[live]
-        factor = torch.linalg.cholesky_ex(0.5 * (now.Q + now.Q.mT) + s[:, None, None] * eye).L
-        step_problem = now._replace(p=now.p - s.unsqueeze(-1) * x[live])
-        rows, outcome = dual_active_set(step_problem, factor, zero_tolerance(factor, len(live)))
-        new_x, new_y = _minimiser(step_problem, factor, rows)
+        shifted = 0.5 * (now.Q + now.Q.mT) + s[:, None, None] * eye
+        factor = torch.linalg.cholesky_ex(shifted).L
+        step_problem = now._replace(Q=shifted, p=now.p - s.unsqueeze(-1) * x[live])
+        rows, outcome = dual_active_set(step_problem, factor, zero_tolerance(factor, len(live)), precision)
+        factors = factor_rows(step_problem, factor, rows, torch.ones_like(live), precision)
+        right = -step_problem.p.unsqueeze(-1), step_problem.c.unsqueeze(-1)
+        new_x, new_y = (u.squeeze(-1) for u in kkt_apply(shifted, now.C, *right, factors))
         change = new_x - x[live]
         moved = torch.linalg.vector_norm(change, dim=-1)
         far = torch.linalg.vector_norm(new_x, dim=-1)
-        settled = (outcome == 0) & (moved <= 1e-9 * far.clamp(min=1e-300) + 1e-14 * reach[live])
+        settled = moved <= 1e-9 * far.clamp(min=1e-300) + 1e-14 * reach[live]
+        # Where the step's own minimiser without constraints is far away, x moves by its rounding for ever.
+        start = torch.linalg.vector_norm(cholesky_apply(factor, step_problem.p), dim=-1)
+        settled |= (rows == active[live]).all(-1) & (moved <= 1e-14 * start)
+        settled &= outcome == 0
         endless = (outcome == 0) & ~settled & _is_ray(now, change)
         x[live], y[live], active[live] = new_x, new_y, rows
         outcome = torch.where(outcome == 0, int(Status.NOT_CONVERGED), outcome)
@@ -76,7 +85,7 @@ def proximal(problem: Problem, refined: int = 2) -> tuple[Tensor, Tensor, Tensor
     active &= problem.is_equality | (y > 0)
     index, present = compress(active)
     rows = take_rows(problem.C, index)
-    usable = (status == 0)[:, None, None]
+    usable = ((status == int(Status.SOLVED)) | (status == int(Status.NOT_CONVERGED)))[:, None, None]
     inverse, unique = pseudo_inverse(torch.where(usable, Q, eye), torch.where(usable, rows, 0.0), present)
     y = torch.where(active, y, 0.0)
     for _ in range(refined):
@@ -85,22 +94,7 @@ def proximal(problem: Problem, refined: int = 2) -> tuple[Tensor, Tensor, Tensor
         u = (inverse @ torch.cat((rx, ry), 1).unsqueeze(-1)).squeeze(-1)
         x = x + u[:, :n]
         y = y.scatter_add(1, index, torch.where(present, u[:, n:], 0.0))
-    return x, y, status, active, inverse, unique | (status != 0)
-
-
-def _minimiser(problem: Problem, factor: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y of the strictly convex problem at these rows."""
-    index, present = compress(active)
-    rows = take_rows(problem.C, index) * present.unsqueeze(-1)
-    V = torch.linalg.solve_triangular(factor, rows.mT, upper=False)
-    S = V.mT @ V
-    S.diagonal(dim1=-2, dim2=-1).add_((~present).to(S.dtype))
-    x0 = -cholesky_apply(factor, problem.p)
-    right = torch.where(present, (times(problem.C, x0) - problem.c).gather(1, index), 0.0).unsqueeze(-1)
-    schur = torch.linalg.cholesky_ex(S).L
-    yw = torch.where(present, torch.cholesky_solve(right, schur).squeeze(-1), 0.0)
-    x = x0 - back_substitute(factor, (V @ yw.unsqueeze(-1)).squeeze(-1))
-    return x, torch.zeros_like(problem.c).scatter_add_(1, index, yw)
+    return x, y, status, active, inverse, unique, reach
 
 
 def _is_ray(problem: Problem, v: Tensor, tolerance: float = 1e-8) -> Tensor:

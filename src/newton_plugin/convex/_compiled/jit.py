@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numba
+from numba.core import event
 
 __all__ = ["array_subroutine", "kernel", "source_sum", "subroutine"]
 
@@ -22,6 +24,27 @@ _PART: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _known: Any = getattr(getattr(_numba.core, "options", None), "DefaultOptions", None)
 _BORROWED = {"_nrt": False} if hasattr(_known, "_nrt") else {}
 
+_LOGGER = logging.getLogger("newton_plugin")
+
+
+class _Announcement(event.Listener):
+    """Says once, before it begins, that code is being compiled and not loaded from disk."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not _Announcement.said:
+            _Announcement.said = True
+            # A log message and not a warning: whether it comes depends on the machine, and warnings may be errors.
+            _LOGGER.warning(
+                "newton_plugin compiles its QP solver now, which takes some twenty seconds of one core. numba keeps "
+                "the machine code on disk, so it happens once for each version and kind of CPU. docs/convex.md says "
+                "how to do it beforehand; solver='torch' needs no compiling."
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
 
 def kernel(signature: str) -> Callable[[Any], Any]:
     """A function that Python calls: compiled when it is defined, its machine code kept on disk.
@@ -32,7 +55,8 @@ def kernel(signature: str) -> Callable[[Any], Any]:
 
     def compiled(function: Any) -> Any:
         function.__qualname__ += f"_{source_sum(Path(__file__).parent):08x}"
-        return _njit(signature, cache=True, **_OPTIONS)(function)
+        with event.install_listener("numba:compile", _Announcement()):
+            return _njit(signature, cache=True, **_OPTIONS)(function)
 
     return compiled
 

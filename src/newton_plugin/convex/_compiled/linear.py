@@ -16,7 +16,22 @@ import numpy as np
 
 from newton_plugin.convex._compiled.jit import subroutine
 
-__all__ = ["add", "cholesky", "clear", "copy", "count_up", "dot", "down", "negate", "norm", "times", "up", "whiten"]
+__all__ = [
+    "add",
+    "cholesky",
+    "clear",
+    "copy",
+    "count_up",
+    "dot",
+    "down",
+    "negate",
+    "norm",
+    "norm_in",
+    "norm_per",
+    "times",
+    "up",
+    "whiten",
+]
 
 
 @subroutine
@@ -31,6 +46,26 @@ def dot(a, b, n):
 @subroutine
 def norm(a, n):
     return math.sqrt(dot(a, a, n))
+
+
+@subroutine
+def norm_in(unit, a, n):
+    """The norm of the products unit_j a_j."""
+    total = 0.0
+    for i in range(n):
+        scaled = unit[i] * a[i]
+        total += scaled * scaled
+    return math.sqrt(total)
+
+
+@subroutine
+def norm_per(unit, a, n):
+    """The norm of the quotients a_j / unit_j."""
+    total = 0.0
+    for i in range(n):
+        scaled = a[i] / unit[i]
+        total += scaled * scaled
+    return math.sqrt(total)
 
 
 @subroutine

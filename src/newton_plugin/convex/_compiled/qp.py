@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.convex._active_set.solve import solve_active_set
-from newton_plugin.convex._compiled.adjoint import adjoint
 from newton_plugin.convex._compiled.solve import solve
 from newton_plugin.convex._status import report_failures, warn_not_unique
 from newton_plugin.convex._system.factors import Factors, put
@@ -89,7 +89,7 @@ class Found:
 
 
 def find(
-    data: tuple[Tensor, ...], batch: int, refine: bool | str, on_failure: str, shape: tuple[int, ...]
+    data: tuple[Tensor, ...], batch: int, refine: bool | str, on_failure: str, shape: tuple[int, ...], precision: float
 ) -> Found | None:
     """Q, p, A, b, G, h, each with a batch dimension or without -> the solutions; None if no problem is certified."""
     data = tuple(t.detach() for t in data)
@@ -103,7 +103,7 @@ def find(
     part = [t[index] if t.ndim == d + 1 else t for t, d in zip(data, (2, 1, 2, 1, 2, 1), strict=True)]
     Q, p, C, c = standard_form(*part, torch.Size((len(index),)))  # type: ignore[arg-type]
     problem = Problem(Q, p, C, c, data[3].shape[-1])
-    solved = solve_active_set(problem, refine)
+    solved = solve_active_set(problem, refine, precision=precision)
     found.status[index] = solved.status
     report_failures(found.status, on_failure, shape)
     if not bool(solved.unique.all()):
@@ -151,6 +151,7 @@ def compiled_active_rows(problem: Problem) -> Tensor:
     return active.to(problem.p.device) | problem.is_equality
 
 
+@untraced
 class CompiledQP(torch.autograd.Function):
     """Q, p, A, b, G, h, found -> x, y as in ``found``, differentiable to any order."""
 
@@ -185,6 +186,8 @@ def _by_kernel(
     vectors: tuple[int, int, int],
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
+    from newton_plugin.convex._compiled.adjoint import adjoint  # compiled or loaded where a gradient is asked for
+
     batch, m = len(x), A.shape[-2]
     vx, vy = torch.empty_like(x), torch.empty_like(y)
     if found.rest is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from newton_plugin.convex._compiled.jit import kernel, subroutine
-from newton_plugin.convex._compiled.linear import clear, count_up, norm
+from newton_plugin.convex._compiled.linear import clear, count_up, norm_in
 from newton_plugin.convex._compiled.rows import cholesky_of, enter_pool
 from newton_plugin.convex._compiled.solve_one import solve_one
 from newton_plugin.convex._compiled.workspace import Pool, Program, WorkingRows, entry, make_scratch
@@ -25,12 +25,14 @@ __all__ = ["solve"]
 
 
 @subroutine
-def _row_lengths(program):
-    """length = the norms of the rows of [A; G]."""
-    A, G, length = program.A, program.G, program.length
+def _units(program):
+    """unit = 1 / sqrt(Q_jj), and length = the norms of the rows of [A; G] in these units."""
+    Q, A, G, unit, length = program.Q, program.A, program.G, program.unit, program.length
     m, n = A.shape
+    for j in range(n):
+        unit[j] = 1.0 / np.sqrt(Q[j, j])
     for r in range(length.size):
-        length[r] = norm(A[r] if r < m else G[r - m], n)
+        length[r] = norm_in(unit, A[r] if r < m else G[r - m], n)
 
 
 @subroutine
@@ -65,18 +67,18 @@ def solve(Q, p, A, b, G, h, steps, adaptive, shared, x, y, active, factor, schur
     """
     batch, n, m, k = x.shape[0], p.shape[1], b.shape[1], h.shape[1]
     count = m + k
-    c, length, inside = np.empty(count), np.empty(count), np.empty(count, np.uint8)
+    c, unit, length, inside = np.empty(count), np.empty(n), np.empty(count), np.empty(count, np.uint8)
     V, S, slot, u = np.empty((count, n)), np.empty((count, count)), np.empty(count, np.int64), np.empty(max(count, 1))
     scratch = make_scratch(n, count)
     definite = False
     for e in range(batch):
-        program = Program(entry(Q, e), entry(p, e), entry(A, e), entry(G, e), c, length)
+        program = Program(entry(Q, e), entry(p, e), entry(A, e), entry(G, e), c, unit, length)
         pool = Pool(entry(factor, e), V, S, slot, shared)
         working = WorkingRows(schur[e], working_rows[e], inside)
         if e == 0 or Q.shape[0] > 1:
             definite = cholesky_of(program.Q, pool.L)
-        if e == 0 or A.shape[0] > 1 or G.shape[0] > 1:
-            _row_lengths(program)
+        if definite and (e == 0 or Q.shape[0] > 1 or A.shape[0] > 1 or G.shape[0] > 1):
+            _units(program)
         if shared and e == 0 and definite:
             _whole_pool(program, pool, scratch.new)
         clear(report[e], 3)

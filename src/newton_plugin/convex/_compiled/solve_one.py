@@ -7,7 +7,7 @@ import numpy as np
 from newton_plugin.convex._compiled.certify import refine_and_certify
 from newton_plugin.convex._compiled.dual import dual
 from newton_plugin.convex._compiled.jit import subroutine
-from newton_plugin.convex._compiled.linear import down, negate, norm, up
+from newton_plugin.convex._compiled.linear import down, negate, norm, norm_per, up
 from newton_plugin.convex._compiled.pivoting import pivot
 from newton_plugin.convex._compiled.rows import all_slacks
 from newton_plugin.convex._compiled.workspace import Start
@@ -21,16 +21,15 @@ _ILL_CONDITIONED = 1e3  # as in _active_set/solve.py
 @subroutine
 def solve_one(program, pool, working, steps, adaptive, x, y, scratch):
     """One problem, Q = L L': x, and y at the rows[:f]. Returns (f, or -1 if not certified; steps)."""
-    condition = _condition(pool.L)
-    if adaptive and condition > _ILL_CONDITIONED:
+    if adaptive and _condition(pool.L) > _ILL_CONDITIONED:
         steps = max(steps, 1)
-    start = _without_constraints(program, pool, condition, scratch)
+    start = _without_constraints(program, pool, scratch)
     if not _is_finite(program, start):
         return -1, steps
     f = _select_rows(program, start, pool, working, scratch)
     if f < 0:
         return -1, steps
-    return refine_and_certify(program, pool, working, f, start.tolerance, steps, adaptive, x, y, scratch)
+    return refine_and_certify(program, start, pool, working, f, steps, adaptive, x, y, scratch)
 
 
 @subroutine
@@ -43,9 +42,19 @@ def _condition(L):
 
 
 @subroutine
-def _without_constraints(program, pool, condition, scratch):
+def _condition_in(unit, L):
+    """The same in the units of the variables, in which Q has a diagonal of ones."""
+    smallest, greatest = np.inf, 0.0
+    for i in range(L.shape[0]):
+        size = L[i, i] * unit[i]
+        smallest, greatest = min(smallest, size), max(greatest, size)
+    return (greatest / smallest) ** 2
+
+
+@subroutine
+def _without_constraints(program, pool, scratch):
     """Where the search starts; the tolerance grows with the condition of Q, as rounding does."""
-    tolerance = min(max(4 * _EPS * condition, 1e-11), 1e-7)
+    tolerance = min(max(4 * _EPS * _condition_in(program.unit, pool.L), 1e-11), 1e-7)
     descent = _minimise(program, pool, scratch.start_x)
     all_slacks(program, scratch.start_x, scratch.start_slack)
     _limits(program, tolerance, scratch.start_x, scratch.limit)
@@ -66,7 +75,7 @@ def _minimise(program, pool, x):
 @subroutine
 def _limits(program, tolerance, x, limit):
     """Below -limit a slack is negative."""
-    c, length, size = program.c, program.length, norm(x, x.size)
+    c, length, size = program.c, program.length, norm_per(program.unit, x, x.size)
     for r in range(c.size):
         limit[r] = tolerance * (abs(c[r]) + length[r] * size)
 

@@ -27,8 +27,10 @@ class Program(NamedTuple):
     """(k, n)."""
     c: np.ndarray
     """(K,)."""
+    unit: np.ndarray
+    """(n,), 1 / sqrt(Q_jj): the unit of each variable, so that Q has a diagonal of ones (``_system/units.py``)."""
     length: np.ndarray
-    """(K,), the norms of the rows of [A; G]."""
+    """(K,), the norms of the rows of [A; G] in these units."""
 
 
 class Pool(NamedTuple):

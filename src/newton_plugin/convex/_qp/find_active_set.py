@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._errors import ShapeError
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.convex._active_set.solve import solve_active_set
 from newton_plugin.convex._solvers.choose import choose
-from newton_plugin.convex._solvers.protocol import Solver
+from newton_plugin.convex._solvers.protocol import QPSolver, Solver
 from newton_plugin.convex._status import report_failures, warn_not_unique
 from newton_plugin.convex._system.problem import Problem
 from newton_plugin.convex._system.transforms import flatten_mapped
@@ -26,15 +28,36 @@ __all__ = ["FindActiveSet", "Request"]
 class Request:
     """What the caller asked for; after the solve also which solver was chosen."""
 
+    n: int
+    rows: int
+    """Of A and G; the standard form may have one variable and some rows more."""
     m: int
     solver: Solver
     refine: bool | str
     on_failure: str
     shape: tuple[int, ...]
     """The shape of the batch, for messages."""
+    precision: float
+    """The rounding error of the caller's dtype."""
     chosen: list[str] = dataclasses.field(default_factory=list)
 
 
+def _ask(solver: QPSolver, problem: Problem, request: Request) -> Tensor | None:
+    """The active rows that the caller's own solver claims. It sees the variables and the rows that the caller gave."""
+    n, rows = request.n, request.rows
+    Q, p, C, c, m = problem
+    claim = solver.active_rows(Problem(Q[..., :n, :n], p[:, :n], C[..., :rows, :n], c[:, :rows], m))
+    if claim is None:
+        return None
+    if tuple(claim.shape) != (len(p), rows):
+        raise ShapeError(
+            f"active_rows of a solver must return None or a boolean tensor of shape {(len(p), rows)}, an entry for "
+            f"each problem and row; {solver.name} returned shape {tuple(claim.shape)}."
+        )
+    return torch.nn.functional.pad(claim, (0, c.shape[-1] - rows))
+
+
+@untraced
 class FindActiveSet(torch.autograd.Function):
     """Q, p, C, c -> x, y, status, active, and the seven tensors of Factors; x and y are 0 where not solved."""
 
@@ -43,8 +66,8 @@ class FindActiveSet(torch.autograd.Function):
         problem = Problem(Q.detach(), p.detach(), C.detach(), c.detach(), request.m)
         solver = choose(request.solver, problem)
         request.chosen[:] = [solver.name]
-        claim = solver.active_rows(problem)
-        solved = solve_active_set(problem, request.refine, claim)
+        claim = solver.active_rows(problem) if isinstance(request.solver, str) else _ask(solver, problem, request)
+        solved = solve_active_set(problem, request.refine, claim, request.precision)
         failed = solved.status != 0
         report_failures(solved.status, request.on_failure, request.shape)
         if not bool(solved.unique.all()):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.compiler import eager
 from newton_plugin.convex._qp.arguments import check_data, check_options, check_pairs
 from newton_plugin.convex._qp.find_active_set import FindActiveSet, Request
 from newton_plugin.convex._solution import QPSolution
@@ -21,6 +22,7 @@ from newton_plugin.convex._system.transforms import under_transform
 __all__ = ["BPQPLayer", "solve_qp"]
 
 
+@eager
 def solve_qp(
     Q: Tensor,
     p: Tensor,
@@ -38,7 +40,7 @@ def solve_qp(
 
     Args:
         Q: (..., n, n), positive semi-definite; only its symmetric part counts. Q, A and G may also be sparse
-            tensors (COO or CSR, no batch dimensions): see ``_sparse/solve.py``.
+            tensors (COO, CSR, CSC, BSR or BSC, no batch dimensions): see ``_sparse/solve.py``.
         p: (..., n).
         A, b: (..., m, n) and (..., m), or None: no equalities.
         G, h: (..., k, n) and (..., k), or None: no inequalities; entries of h may be ``inf``.
@@ -82,12 +84,12 @@ def solve_qp(
     if is_sparse(Q) or is_sparse(A) or is_sparse(G):
         check_pairs(p, A, b, G, h)
         return solve_sparse(Q, p, A, b, G, h, solver=solver, reg=reg, on_failure=on_failure)
-    Q, p, A, b, G, h, dtype = check_data(Q, p, A, b, G, h)
+    Q, p, A, b, G, h, dtype, precision = check_data(Q, p, A, b, G, h)
     n, m, k = p.shape[-1], b.shape[-1], h.shape[-1]
     shape = batch_shape(Q, p, A, b, G, h)
     if reg:
         Q = Q + reg * torch.eye(n, dtype=Q.dtype, device=Q.device)
-    options = Request(m, solver, refine, on_failure, tuple(shape))
+    options = Request(n, m + k, m, solver, refine, on_failure, tuple(shape), precision)
     if prefers_compiled(solver, p) and shape.numel() and not under_transform():
         solution = _solve_compiled((Q, p, A, b, G, h), options, shape, dtype)
         if solution is not None:
@@ -112,7 +114,7 @@ def _solve_compiled(
         t if t.ndim == own or (t.ndim == own + 1 and t.shape[0] == shape[0]) else flatten(t, shape)
         for t, own, flatten in zip(data, (2, 1) * 3, (flat_matrix, flat_vector) * 3, strict=True)
     )
-    found = find(flat, shape.numel(), options.refine, options.on_failure, options.shape)
+    found = find(flat, shape.numel(), options.refine, options.on_failure, options.shape, options.precision)
     if found is None:
         return None
     x, y = CompiledQP.apply(*flat, found)

@@ -11,13 +11,24 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from newton_plugin._errors import ArgumentTypeError, ShapeError
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.convex._smooth.interior_point import interior_point
 from newton_plugin.convex._smooth.polish import Answer, polish
 from newton_plugin.convex._smooth.program import Program
-from newton_plugin.convex._status import report_failures, warn_not_unique
+from newton_plugin.convex._status import Status, report_failures, warn_not_unique
 from newton_plugin.convex._system.transforms import flatten_mapped
 
 __all__ = ["FindPoint", "Request"]
+
+_REMEDY = {
+    Status.INFEASIBLE: "relax inequality(x, theta) <= 0, or check its signs",
+    Status.UNBOUNDED: "add bounds by inequality=, or a quadratic term to the objective",
+    Status.NON_CONVEX: "the Hessian of the objective (or of an inequality in force) has a negative eigenvalue",
+    Status.INCONSISTENT: "equality(x, theta) = 0 has no solution: remove the contradicting rows",
+    Status.NOT_CONVERGED: "scale the problem, give start= near the solution, or another solver=",
+    Status.NOT_FINITE: "objective, equality or inequality, or a derivative of theirs, is NaN or infinite at the start: "
+    "give start= inside their domain, or look for a NaN in theta",
+}
 
 
 class Settings(Protocol):
@@ -38,6 +49,7 @@ class Request:
     shape: tuple[int, ...] = ()
 
 
+@untraced
 class FindPoint(torch.autograd.Function):
     """theta -> u, a tensor of length m, active, K^-1, status; none of these is differentiable."""
 
@@ -111,9 +123,9 @@ def _find(request: Request, leaves: tuple[Tensor, ...], batch: int) -> tuple[Ten
     answer = Answer(program, leaves, dims, (n, m), torch.cat((x, nu, lam), -1), slack, status)
     u, active, inverse, unique, status = polish(answer)[:5]
     if layer.on_failure != "nan":
-        report_failures(status, layer.on_failure, request.shape)
+        report_failures(status, layer.on_failure, request.shape, _REMEDY)
     if not bool((unique | (status != 0)).all()):
-        warn_not_unique(~unique & (status == 0), request.shape)
+        warn_not_unique(~unique & (status == 0), request.shape, "a small quadratic term in the objective")
     good = (status == 0).unsqueeze(-1)
     u = torch.where(good, u, torch.cat((start, torch.ones_like(u[:, n:])), -1))
     inverse = torch.where(good.unsqueeze(-1), inverse, 0.0)

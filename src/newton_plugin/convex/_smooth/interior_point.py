@@ -67,7 +67,7 @@ def interior_point(
     for _ in range(rounds):
         d = derivatives(point)
         done = (_error(d, point, torch.zeros_like(mu)) <= tolerance).squeeze(-1)
-        done |= _norm(torch.cat((point.x, point.nu, point.lam), -1)) > _DIVERGED
+        done |= ~(_norm(torch.cat((point.x, point.nu, point.lam), -1)) <= _DIVERGED)  # or NaN
         if bool(done.all()):
             break
         for _ in range(3):
@@ -104,7 +104,9 @@ def interior_point(
         )
     d = derivatives(point)
     done = (_error(d, point, torch.zeros_like(mu)) <= 100 * tolerance).squeeze(-1)
-    status = torch.where(done, int(Status.SOLVED), _diagnose(d, point))
+    status = torch.where(
+        done, int(Status.SOLVED), torch.where(_finite(first), _diagnose(d, point, first), int(Status.NOT_FINITE))
+    )
     return point._replace(nu=unit * point.nu, lam=unit * point.lam), status
 
 
@@ -132,7 +134,8 @@ def _norm(v: Tensor) -> Tensor:
 def _direction(d: Derivatives, point: Point, mu: Tensor) -> Point:
     n, m = d.gradient.shape[-1], d.e.shape[-1]
     H = d.P + d.G.mT @ ((point.lam / point.slack).unsqueeze(-1) * d.G)
-    size = H.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    size = H.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)  # a linear objective, without inequalities
     K = H.new_zeros(len(H), n + m, n + m)
     K[:, :n, :n] = H
     K[:, :n, n:] = d.E.mT
@@ -160,7 +163,20 @@ def _largest(value: Tensor, change: Tensor, fraction: float = 0.995) -> Tensor:
     return (fraction / (-change / value).amax(-1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
 
 
-def _diagnose(d: Derivatives, point: Point) -> Tensor:
+def _finite(d: Derivatives) -> Tensor:
+    """(B,): whether all values and derivatives are."""
+    parts = [getattr(d, field.name) for field in dataclasses.fields(d)]
+    return torch.stack([torch.isfinite(part).reshape(len(part), -1).all(-1) for part in parts]).all(0)
+
+
+def _contradictory(d: Derivatives) -> Tensor:
+    """(B,): whether no step meets the equalities, which are affine: what is left of e outside the range of E."""
+    E, e = d.E.nan_to_num(0.0, 0.0, 0.0), d.e.nan_to_num(0.0, 0.0, 0.0)
+    rest = e - (E @ (torch.linalg.pinv(E, rtol=1e-12) @ e.unsqueeze(-1))).squeeze(-1)
+    return _norm(rest) > 1e-7 * (1 + _norm(e))
+
+
+def _diagnose(d: Derivatives, point: Point, first: Derivatives) -> Tensor:
     """Why it did not converge, where this shows: multipliers that grow without bound prove infeasibility."""
     size = _norm(point.nu) + _norm(point.lam)
     pull = _norm(_t(d.E, point.nu) + _t(d.G, point.lam))
@@ -171,4 +187,7 @@ def _diagnose(d: Derivatives, point: Point) -> Tensor:
     unbounded = (_norm(point.x) > 1e6) & (d.f < -1e4) & (violated < 1e-3 * _norm(point.x))
     status = torch.full_like(size, float(int(Status.NOT_CONVERGED))).long()
     status = torch.where(unbounded, int(Status.UNBOUNDED), status)
-    return torch.where(infeasible, int(Status.INFEASIBLE), status)
+    status = torch.where(infeasible, int(Status.INFEASIBLE), status)
+    if d.e.shape[-1] and bool((violated > 1e-7).any()):
+        status = torch.where((violated > 1e-7) & _contradictory(first), int(Status.INCONSISTENT), status)
+    return status

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_choice
+from newton_plugin._runtime.compiler import eager
 from newton_plugin.convex._smooth.find_point import FindPoint, Request
 from newton_plugin.convex._smooth.program import Fn, Program
 
@@ -49,7 +50,8 @@ class ConvexLayer(torch.nn.Module):
         variables: n, the length of x.
         solver: None (the built-in interior-point method) or a callable ``theta -> (x, nu, lam)`` for one theta;
             its answer is polished and checked, including its active rows, so moderate accuracy is enough.
-        start: (n,), where the built-in method begins; not a point where a norm of the program has its kink.
+        start: (n,), where the built-in method begins: inside the domain of all three functions (of a logarithm, say),
+            and not a point where a norm of the program has its kink. Default: small numbers near 0.
         on_failure: ``"raise"``, ``"warn"`` or ``"nan"``, as for :func:`solve_qp`.
 
     Call it with theta: a tensor, or a tuple, list or dict of tensors; it gives x (n,). For a batch say which
@@ -107,8 +109,13 @@ class ConvexLayer(torch.nn.Module):
         """x (n,), or (B, n)."""
         return self.solve(theta, in_dims).x
 
+    @eager
     def solve(self, theta: Any, in_dims: Any = None) -> ConvexSolution:
         """The whole :class:`ConvexSolution`."""
+        if torch.is_inference_mode_enabled() and not torch.func.grad(torch.square)(torch.ones(())):
+            # torch 2.6: there torch.func.grad is zero.
+            with torch.inference_mode(False), torch.no_grad():
+                return self.solve(pytree.tree_map_only(Tensor, Tensor.clone, theta), in_dims)
         if in_dims is None:
             return self._solve_one(theta)
         return torch.vmap(self._solve_one, in_dims=(in_dims,))(theta)

@@ -157,7 +157,7 @@ def _inverse(d: Derivatives, active: Tensor) -> tuple[Tensor, Tensor]:
     column = torch.cat((unit.expand(-1, n), (1 / unit).expand(-1, m + k)), -1)
     row = torch.cat((column[:, : n + m], torch.where(active, 1 / unit, unit)), -1)
     K = row.unsqueeze(-1) * K * column.unsqueeze(-2)
-    values = torch.linalg.svdvals(K / K.abs().amax((-2, -1), keepdim=True))
+    values = torch.linalg.svdvals(K / K.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300))
     regular = values[:, -1] > 1e-12 * values[:, 0]
     inverse = torch.linalg.inv_ex(K).inverse
     if not bool(regular.all()):

@@ -68,7 +68,8 @@ class CallableSolver:
 
     def active_rows(self, problem: Problem) -> Tensor:
         Q, p, C, c, m = problem
-        answer = self.fn(Q, p, C[..., :m, :], c[:, :m], C[..., m:, :], c[:, m:])
+        h = c[:, m:].masked_fill(c[:, m:] >= 1e300, torch.inf)  # as given; the standard form has no infinity
+        answer = self.fn(Q, p, C[..., :m, :], c[:, :m], C[..., m:, :], h)
         if not (isinstance(answer, (tuple, list)) and len(answer) == 3):
             raise ArgumentTypeError(
                 f"solver must return (x, nu, lam); {self.name} returned {type(answer).__name__}. "

@@ -1,9 +1,9 @@
 """Sparse quadratic programs: the same function of the data as for dense ones, through ``system.py``.
 
-Q, A and G are sparse tensors (COO or CSR), shared by the batch. p, b and h may have batch dimensions, which are solved
-in a loop. Backward and double backward are solves with the factors of the forward pass, and the gradients of Q, A and G
-exist at the stored entries only. Second derivatives exist in p, b and h. In the entries of Q, A and G they raise an
-error, because PyTorch's sparse tensors would drop them silently.
+Q, A and G are sparse tensors (COO, CSR, CSC, BSR or BSC), shared by the batch. p, b and h may have batch dimensions,
+which are solved in a loop. Backward and double backward are solves with the factors of the forward pass, and the
+gradients of Q, A and G exist at the stored entries only. Second derivatives exist in p, b and h. In the entries of Q, A
+and G they raise an error, because PyTorch's sparse tensors would drop them silently.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, NoGradientError, ShapeError
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.convex._solution import QPSolution
 from newton_plugin.convex._sparse.system import SparseSystem
 from newton_plugin.convex._status import Status, report_failures
 
 __all__ = ["is_sparse", "solve_sparse"]
 
+_LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def is_sparse(tensor: Tensor | None) -> bool:
-    """Whether it is a tensor in COO or CSR layout."""
-    return isinstance(tensor, Tensor) and tensor.layout in (torch.sparse_coo, torch.sparse_csr)
+    """Whether it is a tensor in one of torch's sparse layouts: COO, CSR, CSC, BSR or BSC."""
+    return isinstance(tensor, Tensor) and tensor.layout in _LAYOUTS
 
 
 def solve_sparse(
@@ -46,6 +49,7 @@ def solve_sparse(
     n, m = p.shape[-1], 0 if b is None else b.shape[-1]
     k = 0 if h is None else h.shape[-1]
     dtype = p.dtype
+    precision = max((torch.finfo(t.dtype).eps for t in (A, b, G, h) if t is not None), default=torch.finfo(dtype).eps)
     q_index, q_values = _entries("Q", Q, n, n)
     a_index, a_values = _entries("A", A, m, n)
     g_index, g_values = _entries("G", G, k, n)
@@ -63,7 +67,7 @@ def solve_sparse(
     xs, ys, statuses, actives, name = [], [], [], [], ""
     for pi, ci in zip(wide, right, strict=True):
         system = SparseSystem(q_index, c_index, n, m + k, m)
-        status, name = system.find(q_values, pi, c_values, ci, solver)
+        status, name = system.find(q_values, pi, c_values, ci, solver, precision)
         if status == Status.SOLVED:
             kept = torch.where(system.working, ci, 0.0)
             x, y = SparseSolve.apply(q_values, c_values, -pi.unsqueeze(-1), kept.unsqueeze(-1), system)
@@ -97,6 +101,7 @@ def _entries(name: str, matrix: Tensor | None, rows: int, n: int) -> tuple[Tenso
     return matrix.indices(), _Once.apply(matrix.values().double())
 
 
+@untraced
 class _Once(torch.autograd.Function):
     """The identity, differentiable once: PyTorch (2.6 to 2.13) drops second derivatives of sparse tensors silently."""
 
@@ -118,6 +123,7 @@ class _Once(torch.autograd.Function):
         return grads[0]
 
 
+@untraced
 class SparseSolve(torch.autograd.Function):
     """x, y = K^-1 (rx, ry), differentiable in the stored values of Q and C and in rx, ry; as ``KKTSolve``."""
 

@@ -9,7 +9,7 @@ d is 1e-9 of the scale of Q and C).
 
 W comes from a solver of low accuracy and is repaired by block exchanges as in ``_active_set/pivoting.py``: rows with a
 negative multiplier leave and violated rows enter, until the optimality conditions hold. This checks what a solver
-claims, except a claim that there is no solution.
+claims, except a claim that there is no solution: that is believed if a second solver, where one is installed, agrees.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
 from newton_plugin.convex._solvers.external import EXTERNAL, ask, load
+from newton_plugin.convex._sparse.scaling import scales
 from newton_plugin.convex._status import MissingSolverError, Status
 
 __all__ = ["SparseSystem"]
 
 _SHIFT = 1e-9
+_SHIFTS = (_SHIFT, 1e-7, 1e-5)  # in turn, where rows depend on each other and Q has nothing to say
 _ROUNDS = 30
 _SIGN = 1e-11  # relative: a multiplier or a slack below minus this is negative
-_VIOLATION = 1e-9  # relative: allowed at the end, of stationarity and of the rows in force
+_VIOLATION = 1e-11  # relative: allowed at the end, of stationarity and of the rows in force
 _AUTOMATIC = ("piqp", "clarabel", "osqp")  # in the order of their measured times
 _EXTRA = '"newton-plugin[convex]"'
 
 
 class SparseSystem:
-    """Pattern, values, working rows and factors of one problem: n variables, count rows, the first m equalities."""
+    """Pattern, values, working rows and factors of one problem: n variables, count rows, the first m equalities.
+
+    Everything inside is in units in which the columns and rows have one size (``scaling.py``).
+    """
 
     def __init__(self, q_index: Tensor, c_index: Tensor, n: int, count: int, m: int) -> None:
         self.q_index, self.c_index, self.n, self.count, self.m = q_index, c_index, n, count, m
@@ -43,7 +48,9 @@ class SparseSystem:
         self.splu = load("scipy.sparse.linalg", _EXTRA).splu
         self.working = torch.zeros(count, dtype=torch.bool)
 
-    def find(self, q: Tensor, p: Tensor, c_values: Tensor, c: Tensor, solver: Any) -> tuple[Status, str]:
+    def find(
+        self, q: Tensor, p: Tensor, c_values: Tensor, c: Tensor, solver: Any, precision: float
+    ) -> tuple[Status, str]:
         """Set the working rows and the factors -> status, the solver's name. Values are used without their graph."""
         np = self.numpy
         entries, linear, values, right = (t.detach().numpy() for t in (q, p, c_values, c))
@@ -51,11 +58,18 @@ class SparseSystem:
         if not finite or np.isnan(right).any() or (right == -np.inf).any():
             return Status.NOT_FINITE, ""
         Q = self.sparse.csc_matrix((entries, self.q_index.numpy()), (self.n, self.n))
-        self.Q = (0.5 * (Q + Q.T)).tocsc()
-        self.C = self.sparse.csr_matrix((values, self.c_index.numpy()), (self.count, self.n))
-        self.p, self.c = linear, right.clip(-1e30, 1e30)
+        C = self.sparse.csr_matrix((values, self.c_index.numpy()), (self.count, self.n))
+        Q = (0.5 * (Q + Q.T)).tocsc()
+        self.columns, self.rows = scales(np, Q, C)
+        self.Q, self.C = Q, C
+        if (self.columns != 1).any() or (self.rows != 1).any():
+            columns, rows = self.sparse.diags(self.columns), self.sparse.diags(self.rows)
+            self.Q, self.C = (columns @ Q @ columns).tocsc(), (rows @ C @ columns).tocsr()
+        self.p = linear * self.columns
+        self.c = np.where(abs(right) < 1e30, right * self.rows, right.clip(-1e30, 1e30))
         self.length = np.sqrt(np.asarray(self.C.multiply(self.C).sum(1)).ravel())
-        self.scale = float(abs(entries).max(initial=0.0)) or 1.0
+        self.scale = float(abs(self.Q).max()) or 1.0
+        self.precision = precision
         if not self._convex():
             return Status.NON_CONVEX, ""
         name, claim, outcome = self._claim(solver)
@@ -84,6 +98,7 @@ class SparseSystem:
                 f"solver for a sparse problem must be 'auto', {', '.join(map(repr, _AUTOMATIC))}; got {solver!r}. "
                 "Others take dense matrices: Q.to_dense()."
             )
+        refused = None
         for name in _AUTOMATIC if solver == "auto" else (solver,):
             try:
                 status, x, y = ask(EXTERNAL[name], self.Q, self.p, self.C, self.c, self.m)
@@ -91,23 +106,28 @@ class SparseSystem:
                 if solver != "auto":
                     raise
                 continue
-            if status != Status.SOLVED:
-                return name, np.zeros(self.count, bool), status
-            slack = (self.c - self.C @ x).clip(0) / self.length.clip(1e-300)
-            size = max(float(np.linalg.norm(x)), 1e-12)
-            return name, y * self.length * size > slack * self._gradient(x, y), status
-        return "pivoting", np.zeros(self.count, bool), Status.SOLVED
+            if status == Status.SOLVED:
+                slack = (self.c - self.C @ x).clip(0) / self.length.clip(1e-300)
+                size = max(float(np.linalg.norm(x)), 1e-12)
+                return name, y * self.length * size > slack * self._gradient(x, y), status
+            if refused is not None:  # a second solver gives up as well
+                break
+            refused = name, np.zeros(self.count, bool), status
+        return refused or ("pivoting", np.zeros(self.count, bool), Status.SOLVED)
 
     def _repair(self, working: Any) -> Status:
         """Exchange rows until none is wrong."""
         np = self.numpy
         equality = np.arange(self.count) < self.m
         fewest, patience = self.count + 1, 3
+        size = abs(self.C)
         for _ in range(_ROUNDS):
-            self.factor(working)
-            x, y = self.solve(-self.p[:, None], np.where(working, self.c, 0.0)[:, None])
+            if not self.factor(working):
+                return Status.NOT_CONVERGED
+            x, y = self._solve(-self.p[:, None], np.where(working, self.c, 0.0)[:, None])
             x, y = x[:, 0], y[:, 0]
-            terms = (abs(self.c) + self.length * np.linalg.norm(x)).clip(1e-300)
+            spread = 1e-3 * np.linalg.norm(x) + 1e-5 * np.linalg.norm(self.p) / self.scale
+            terms = (abs(self.c) + size @ abs(x) + self.length * spread).clip(1e-300)
             slack, gradient = (self.c - self.C @ x) / terms, self._gradient(x, y)
             force = y * self.length / gradient
             wrong = (working & ~equality & (force < -_SIGN)) | (~working & (slack < -_SIGN))
@@ -122,12 +142,14 @@ class SparseSystem:
         else:
             return Status.NOT_CONVERGED
         stationary = float(np.linalg.norm(self.Q @ x + self.p + self.C.T @ y)) / gradient
-        if max(stationary, float(abs(slack[working]).max(initial=0.0))) > _VIOLATION:
+        held = float(abs(slack[working]).max(initial=0.0))
+        if stationary > _VIOLATION or held > max(_VIOLATION, 8 * self.precision):
             return Status.NOT_CONVERGED
         weak = working & ~equality & (force <= _SIGN)
         if weak.any():
             working = working & ~weak
-            self.factor(working)
+            if not self.factor(working):
+                return Status.NOT_CONVERGED
         self.working = torch.from_numpy(working)
         return Status.SOLVED
 
@@ -136,8 +158,8 @@ class SparseSystem:
         norm = self.numpy.linalg.norm
         return max(*(float(norm(t)) for t in (self.Q @ x, self.p, self.C.T @ y)), 1e-300)
 
-    def factor(self, working: Any) -> None:
-        """Factor the shifted system at these rows."""
+    def factor(self, working: Any) -> bool:
+        """Factor the shifted system at these rows; false where no shift makes it regular."""
         np = self.numpy
         self.index = np.flatnonzero(working)
         rows = self.C[self.index]
@@ -145,23 +167,34 @@ class SparseSystem:
             self.sparse.bmat([[self.Q, rows.T], [rows, None]], format="csc") if len(self.index) else self.Q.tocsc()
         )
         heights = (self.length[self.index] ** 2).clip(1e-300) / self.scale
-        shift = np.concatenate([np.full(self.n, _SHIFT * self.scale), -_SHIFT * heights])
-        self.lu = self.splu(
-            (self.exact + self.sparse.diags(shift, format="csc")).tocsc(),
-            permc_spec="MMD_AT_PLUS_A",
-            diag_pivot_thresh=0.0,
-            options={"SymmetricMode": True},
-        )
+        for shift in _SHIFTS:
+            shifts = shift * np.concatenate([np.full(self.n, self.scale), -heights])
+            try:
+                self.lu = self.splu(
+                    (self.exact + self.sparse.diags(shifts, format="csc")).tocsc(),
+                    permc_spec="MMD_AT_PLUS_A",
+                    diag_pivot_thresh=0.0,
+                    options={"SymmetricMode": True},
+                )
+                return True
+            except RuntimeError:  # exactly singular: the shift was lost in the rounding of dependent rows
+                continue
+        return False
 
-    def solve(self, rx: Any, ry: Any, steps: int = 6) -> tuple[Any, Any]:
-        """``K (x, y_W) = (rx, ry_W)``, y = 0 elsewhere: (n, r), (K, r) -> the same shapes."""
+    def solve(self, rx: Any, ry: Any) -> tuple[Any, Any]:
+        """``K (x, y_W) = (rx, ry_W)``, y = 0 elsewhere, in the units of the data: (n, r), (K, r) -> the same shapes."""
+        columns, rows = self.columns[:, None], self.rows[:, None]
+        x, y = self._solve(rx * columns, ry * rows)
+        return x * columns, y * rows
+
+    def _solve(self, rx: Any, ry: Any, steps: int = 6) -> tuple[Any, Any]:
         np = self.numpy
         right = np.concatenate([rx, ry[self.index]])
         u = self.lu.solve(right)
-        size = abs(right).max(initial=1e-300)
+        size, zero = abs(right).max(initial=1e-300), not right[self.n :].any()
         for _ in range(steps):
             rest = right - self.exact @ u
-            if abs(rest).max(initial=0.0) <= 1e-15 * size:
+            if abs(rest).max(initial=0.0) <= 1e-15 * size and not zero:  # x = 0 may be the answer: nothing to compare
                 break
             u = u + self.lu.solve(rest)
         y = np.zeros((self.count, right.shape[1]))

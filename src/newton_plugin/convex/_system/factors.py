@@ -10,6 +10,9 @@ from torch import Tensor
 from newton_plugin.convex._system.problem import Problem, own
 from newton_plugin.convex._system.rows import compress, masked_cholesky, take_rows, whiten
 
+_EPS = torch.finfo(torch.float64).eps
+_DEPENDENT = 1e-12  # sine of the angle to the other rows, below which a row depends on them
+
 __all__ = ["Factors", "factor_rows", "inside", "no_factors", "pseudo_inverse", "put", "stack"]
 
 
@@ -89,8 +92,13 @@ def inside(factors: Factors, count: int) -> Tensor:
     return mask.scatter_(1, torch.where(factors.present, factors.rows, count), True)[:, :count]
 
 
-def factor_rows(problem: Problem, cholesky: Tensor, active: Tensor, refined: Tensor) -> Factors:
-    """Factors for these active rows (B, K). Where the rows are (nearly) dependent, the pseudo-inverse is used."""
+def factor_rows(
+    problem: Problem, cholesky: Tensor, active: Tensor, refined: Tensor, precision: float = _EPS
+) -> Factors:
+    """Factors for these active rows (B, K). Where the rows are (nearly) dependent, the pseudo-inverse is used.
+
+    ``precision``: the rounding error of the data, by which dependent rows may differ from dependence.
+    """
     count = active.shape[-1]
     if count <= 24:  # equal bits need a width that depends on the shape alone: see products.py
         index, present = torch.arange(count, device=active.device).expand_as(active), active
@@ -105,11 +113,40 @@ def factor_rows(problem: Problem, cholesky: Tensor, active: Tensor, refined: Ten
         return factors
     bad = (~independent).nonzero().squeeze(-1)
     schur[bad] = torch.eye(index.shape[1], dtype=V.dtype, device=V.device)
-    Q = own(problem.Q, bad).expand(len(bad), V.shape[1], V.shape[1])
     size = V.shape[1] + index.shape[1]
     inverse = V.new_zeros(len(index), size, size)
-    inverse[bad] = pseudo_inverse(Q, rows[bad], present[bad])[0]
+    L = own(cholesky, bad).expand(len(bad), V.shape[1], V.shape[1])
+    inverse[bad] = _inverse_at_dependent_rows(L, V[bad], precision)
     return factors._replace(schur=schur, inverse=inverse)
+
+
+def _inverse_at_dependent_rows(L: Tensor, V: Tensor, precision: float) -> Tensor:
+    r"""A pseudo-inverse of K where Q = L L' is definite and the rows are nearly or fully dependent.
+
+    L (B, n, n), V = L^-1 C_W' (B, n, f) -> (B, n + f, n + f).
+
+    S = V'V would square the angle between rows, and so does every solver of K. With V = U s Z'::
+
+        K^-1 = [ L'^-1 (1 - U U') L^-1    L'^-1 U s^-1 Z' ]
+               [ Z s^-1 U' L^-1           -Z s^-2 Z'      ]
+
+    loses as many digits as the angle itself. Columns of V get the length one first, so that the rank does not depend
+    on units. Rows count as dependent by the rounding of their entries.
+    """
+    length = torch.linalg.vector_norm(V, dim=-2, keepdim=True)
+    length = torch.where(length > 0, length, 1.0)
+    U, s, Zt = torch.linalg.svd(V / length, full_matrices=False)
+    kept = s > max(_DEPENDENT, 8 * precision) * s.amax(-1, keepdim=True).clamp(min=1.0)
+    inverse_s = torch.where(kept, 1.0 / torch.where(kept, s, 1.0), 0.0).unsqueeze(-1)
+    U = U * kept.unsqueeze(-2)
+    size = V.shape[-2]
+    eye = torch.eye(size, dtype=V.dtype, device=V.device)
+    L_inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+    UL = U.mT @ L_inverse
+    across = (Zt.mT @ (inverse_s * UL)) / length.mT
+    multipliers = inverse_s * Zt / length
+    top = torch.cat((L_inverse.mT @ L_inverse - UL.mT @ UL, across.mT), -1)
+    return torch.cat((top, torch.cat((across, -multipliers.mT @ multipliers), -1)), -2)
 
 
 def pseudo_inverse(Q: Tensor, C_rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

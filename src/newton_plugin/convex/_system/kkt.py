@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.compiler import untraced
 from newton_plugin.convex._system.factors import Factors
 from newton_plugin.convex._system.products import cholesky_apply, times, times_transposed
 from newton_plugin.convex._system.transforms import flatten_mapped, refuse_nested_forward
@@ -83,6 +84,7 @@ def kkt_apply(Q: Tensor, C: Tensor, rx: Tensor, ry: Tensor, factors: Factors) ->
     return ux, uy
 
 
+@untraced
 class KKTSolve(torch.autograd.Function):
     """``u = K^-1 r`` with derivatives in Q, C and r, in both modes, of any order.
 

@@ -14,7 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Problem", "condition", "finite", "own", "zero_tolerance"]
+__all__ = ["LEAST_TOLERANCE", "MOST_TOLERANCE", "Problem", "condition", "finite", "own", "zero_tolerance"]
+
+
+LEAST_TOLERANCE, MOST_TOLERANCE = 1e-11, 1e-7  # of ``zero_tolerance``, for conditions of Q of 1e4 and of 1e8
 
 
 class Problem(NamedTuple):
@@ -57,13 +60,15 @@ def finite(problem: Problem) -> Tensor:
     return ok & torch.isfinite(problem.Q).all(-1).all(-1) & torch.isfinite(problem.C).all(-1).all(-1)
 
 
-def zero_tolerance(cholesky: Tensor, batch: int) -> Tensor:
+def zero_tolerance(cholesky: Tensor, batch: int, least: float = LEAST_TOLERANCE) -> Tensor:
     """(B, 1): what counts as zero, relative to the terms of a slack or a multiplier; from L of Q = L L'.
 
-    ``C x <= c + tolerance * (|c| + |row of C| |x|)`` holds, and ``y >= -tolerance * (scale of the gradient)`` holds:
-    units and scales do not matter. The tolerance grows with the condition of Q, as rounding does.
+    The tolerance grows with the condition of Q, as rounding does: the condition in units in which Q has a diagonal of
+    ones (``units.py``).
     """
-    value = (4 * torch.finfo(cholesky.dtype).eps * condition(cholesky)).clamp(1e-11, 1e-7)
+    pivots = cholesky.diagonal(dim1=-2, dim2=-1) / torch.linalg.vector_norm(cholesky, dim=-1)
+    condition = (pivots.amax(-1) / pivots.amin(-1)) ** 2
+    value = (4 * torch.finfo(cholesky.dtype).eps * condition).clamp(least, MOST_TOLERANCE)
     return value.expand(batch).unsqueeze(-1)
 
 
