@@ -14,7 +14,7 @@ import newton_plugin as npl
 from newton_plugin import _errors
 from newton_plugin._boundary.autograd_graph import known_hessian
 from newton_plugin._derivatives import closed_forms
-from newton_plugin._step import engine
+from newton_plugin._step import compute
 from newton_plugin.algorithms import FenchelYoungLoss, StochasticSmoothing
 from newton_plugin.algorithms._black_box.noise import Gaussian
 from newton_plugin.algorithms._black_box.score_hessian import ScoreHessian
@@ -149,7 +149,7 @@ def test_steps_differentiate_once(
     # A loss for each sample is the user's own: the mean that is taken here is over all six.
     want = (step / (6 if each and reduction == "mean" else count)).mT @ x
 
-    monkeypatch.setattr(engine, "hessian_products", never)
+    monkeypatch.setattr(compute, "hessian_products", never)
     if large:
         monkeypatch.setattr(closed_forms, "_BLOCK_ELEMENTS", 0)
         monkeypatch.setattr(ScoreHessian, "__call__", never)

@@ -46,7 +46,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def counted_as_many(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process is its own batch, and no collective would run; here it is a group all the same."""
     ranks = ProcessGroup()
-    for module in ("_doors.loss_hook", "_step.engine"):
+    for module in ("_doors.loss_hook", "_step.engine", "_step.compute"):
         monkeypatch.setattr(f"newton_plugin.{module}.current_ranks", lambda sync: ranks)
 
 

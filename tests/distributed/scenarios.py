@@ -112,6 +112,48 @@ def leaves(state: Any) -> Iterator[Tensor]:
             yield from leaves(value)
 
 
+class Towers(nn.Module):
+    """Two heads, of which one is called twice; a loss weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.main, self.other = nn.Linear(FEATURES, 6), nn.Linear(6, CLASSES), nn.Linear(6, 2)
+        self.s = nn.Parameter(torch.zeros(1))
+        self.double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = torch.tanh(self.trunk(x))
+        return self.main(h), self.main(-h), self.other(h), self.s * 1.0
+
+    def loss_of(self, outputs: tuple[Tensor, ...], t: Tensor) -> Tensor:
+        a, b, c, s = outputs
+        return F.cross_entropy(a, t) + F.softplus(b).mean() + (-s).exp().sum() * 0.01 * c.square().mean() + s.sum()
+
+
+@scenario
+def one_size_for_all_boundaries_of_all_ranks(rank: int) -> None:
+    """Several heads, two calls of one layer, a term beside them; at last a rank whose samples have no gradient."""
+    for options in ({}, {"curvature": "norm"}, {"structure": "mean"}, {"damping": 0.1}):
+        whole, alone_hook = Towers(), npl.LossHook(**options, sync=False)
+        shared, hook = Towers(), npl.LossHook(**options)
+        ddp = DistributedDataParallel(shared)
+        for x, scores in BATCHES:
+            t = scores.argmax(-1)
+            whole.zero_grad()
+            shared.zero_grad()
+            alone_hook(whole.loss_of(whole(x), t)).backward()
+            own_x, own_t = part(rank, (x, t))
+            hook(shared.loss_of(ddp(own_x), own_t)).backward()
+            assert relative_error(gradients(shared), gradients(whole)) <= 1e-9, options
+        shared.zero_grad()
+        x, scores = part(rank, BATCHES[0])
+        hook(shared.loss_of(ddp(x), scores.argmax(-1)) * float(rank == 0)).backward()
+        assert bool(torch.isfinite(gradients(shared)).all())
+        assert_same_on_all_ranks(gradients(shared))
+        assert hook.diagnostics()["fallbacks"] == 0
+
+
 @scenario
 def without_sync_each_rank_has_its_own_curvature(rank: int) -> None:
     rule = {"curvature": "fisher", "damping": DAMPING}

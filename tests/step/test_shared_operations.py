@@ -188,3 +188,14 @@ def test_the_graph_is_freed() -> None:
         assert all(reference() is None for reference in references)
     finally:
         gc.enable()
+
+
+def test_under_autocast_nobody_is_taken_for_another_term() -> None:
+    torch.manual_seed(0)
+    net, hook = nn.Linear(5, 3), npl.LossHook()
+    for _ in range(5):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net(X.float()).float()
+            loss = hook(nll((y @ torch.eye(3)).float().log_softmax(-1)))
+        loss.backward()
+    assert not any(sharing.found for sharing in hook._sharing.values())

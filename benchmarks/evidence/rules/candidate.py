@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from benchmarks.evidence.problems.problem import RowsLoss
-from benchmarks.evidence.rules.grouped import Tally
+from benchmarks.evidence.rules.grouped import Tally, live_share
 from benchmarks.evidence.rules.rule import Batch, Rule
 from torch import Tensor
 
@@ -44,6 +44,7 @@ class Candidate(npl.Curvature):
         outputs, targets, losses = self._seen
         n, m = gradient.shape
         shape = (self.replicas, n // self.replicas)
+        share = live_share(gradient)  # rules are written for gradients of a mean over all rows
 
         def evaluate(at: Tensor) -> Tensor:
             return self.rows(at.reshape(outputs.shape).to(outputs.dtype), targets).reshape(shape).to(at.dtype)
@@ -52,14 +53,14 @@ class Candidate(npl.Curvature):
             assert hvp is not None
             eye = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
             columns = hvp(eye.unsqueeze(1).expand(-1, n, -1)).movedim(0, -1)
-            return ((columns + columns.mT) / 2).reshape(*shape, m, m)
+            return ((columns + columns.mT) / 2).reshape(*shape, m, m) / share
 
-        g = gradient.reshape(*shape, m)
+        g = gradient.reshape(*shape, m) / share
         values = losses.reshape(shape).to(g.dtype)
         with torch.no_grad():
             step = self.rule.step(Batch(g, values, outputs.reshape(*shape, m).to(g.dtype), evaluate, hessian))
         fine = torch.isfinite(step).flatten(1).all(1)
         self.tally.kept += ~fine
-        step = torch.where(fine[:, None, None], step, g).reshape(n, m)
+        step = torch.where(fine[:, None, None], step, g).reshape(n, m) * share
         zero = step.new_zeros(())
         return npl.CurvatureStep(step, zero, extremes=lambda: (zero, zero))

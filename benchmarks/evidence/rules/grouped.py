@@ -10,7 +10,13 @@ from torch import Tensor
 
 import newton_plugin as npl
 
-__all__ = ["Grouped", "Tally"]
+__all__ = ["Grouped", "Tally", "live_share"]
+
+
+def live_share(rows: Tensor) -> Tensor:
+    """The share of the rows that have a gradient, by which the package scales the gradients of a mean."""
+    live = rows.any(-1).sum()
+    return live.masked_fill(live == 0, len(rows)).to(rows.dtype) / len(rows)
 
 
 class Tally:
@@ -41,13 +47,18 @@ class Grouped(npl.Curvature):
         """See :meth:`newton_plugin.Curvature.step`; ``damping`` is not used."""
         blocks = gradient.chunk(len(self.rules))
         products = self._products(gradient, hvp)
+        whole = live_share(gradient)
         steps, result = [], None
         for r, ((curvature, rule), g, product) in enumerate(zip(self.rules, blocks, products, strict=True)):
-            result = curvature.step(g, product, rule)
+            share = live_share(g)  # of this replica, as if it were trained alone
+            own = g * (share / whole)
+            scaled = None if product is None else _times(product, share / whole)
+            more = {"live": (share * len(g)).round()} if curvature.takes_live else {}
+            result = curvature.step(own, scaled, rule, **more)
             fine = torch.isfinite(result.step).all() & torch.isfinite(g).all()
             if result.finiteness.curvature is not None:
                 fine = fine & result.finiteness.curvature
-            steps.append(torch.where(fine, result.step, g))
+            steps.append(torch.where(fine, result.step * (whole / share), g))
             self.tally.kept[r] += ~fine
         assert result is not None
         return npl.CurvatureStep(torch.cat(steps), result.damping, extremes=result.extremes, fallback=result.fallback)
@@ -60,3 +71,7 @@ class Grouped(npl.Curvature):
         eye = torch.eye(m, dtype=gradient.dtype, device=gradient.device)
         columns = hvp(eye.unsqueeze(1).expand(-1, n, -1)).movedim(0, -1)  # (N, m, m)
         return [lambda v, h=block: torch.einsum("nij,knj->kni", h.to(v), v) for block in columns.chunk(len(self.rules))]
+
+
+def _times(product: Callable[[Tensor], Tensor], factor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda v: product(v) * factor.to(v)

@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary.autograd_graph import Boundary, is_output_of_fsdp1, reduction_of
+from newton_plugin._boundary.autograd_graph import Boundary
 from newton_plugin._boundary.finder import Cut, free_boundaries
 from newton_plugin._boundary.search import BoundarySearch
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
+from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, refuse_unusable, shared_late
 from newton_plugin._doors.found import FoundBoundary, describe_boundaries, found_boundaries
 from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
-from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoBoundaryError, NoGradientError, ShapeError
+from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.ends import layout_at
@@ -35,20 +36,14 @@ from newton_plugin._step.sharing import Sharing
 
 __all__ = ["LossHook"]
 
-_NOT_FOUND = "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
-_COMPILED = (
-    "torch.compile has made one operation of network and loss, and the outputs between them are not to be seen. "
-    "Compile the network and not the loss, model = torch.compile(model), or wrap the loss function by npl.newton_loss "
-    "before the whole is compiled."
-)
-
 
 class LossHook:
     """Newton Losses for a loss that has been computed: ``loss = hook(loss)`` before ``loss.backward()``.
 
     Works in a plain loop, Fabric or Accelerate, with any scaling of the loss in between. The value of the loss is
     untouched; what changes is the gradient that enters the network where its outputs meet the loss: the
-    Newton step ``(C + damping I)^-power g`` in place of ``g``.
+    Newton step ``(C + damping I)^-power g`` in place of ``g``. With a relative damping a loss of several terms keeps
+    their weights: see docs/choosing.md. :attr:`boundaries` tells what was found.
 
     Args:
         curvature: "fisher", "hessian", "norm", "auto", or an instance.
@@ -61,7 +56,8 @@ class LossHook:
         reduction: whether the loss is the "mean" or the "sum" over the samples.
         boundary: "auto" finds the outputs in the autograd graph; otherwise the name of a submodule (its
             output), of a loss (what it is called with), or a list of names. Names need ``module``.
-        feature_dims: which dimensions of the outputs are features; None: all but the first.
+        feature_dims: which dimensions of the outputs are features; None: all but the first, or what the graph tells
+            (heads stacked on the first dimension, time first under CTC, a single sample without a batch).
         on_nonfinite: "keep" leaves a gradient that is not finite as it is, and counts it; "raise" raises
             (for debugging: it waits for the device at every step).
         sync: average the curvature over all processes of ``torch.distributed``, if there are several: R ranks then
@@ -190,11 +186,7 @@ class LossHook:
             sharing = self._sharing.setdefault(tuple(keys), Sharing())
             precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
             if sharing.unnoticed:
-                self._report(
-                    "newton_plugin: another term of the backward pass uses operations of the hooked loss, and did not "
-                    f"at first. At up to {sharing.unnoticed} steps its gradient may have been taken for the loss's "
-                    "own; from now on the two are kept apart."
-                )
+                self._report(shared_late(sharing.unnoticed))
             self._found = found_boundaries(boundaries, self._used, self._settings, cut.beside, cut.left_out)
             self._found_once = True
         return loss
@@ -214,72 +206,23 @@ class LossHook:
     def _find(self, loss: Tensor) -> Cut:
         """The boundaries of the loss. What is doubtful about them is reported; what cannot be used is an error."""
         cut = self._search(loss)
-        if cut.hidden:
-            raise NoBoundaryError(
-                f"{', '.join(cut.hidden)} lies between the outputs that were found and the loss, and holds parameters "
-                "that the autograd graph does not show: whether outputs end inside cannot be seen. A checkpoint: pass "
-                "use_reentrant=False. A scripted function or an autograd.Function with network and loss in one: "
-                "wrap the loss function by npl.newton_loss, or name the submodule that makes the outputs, "
-                "boundary='head'."
-            )
-        if cut.nested:
-            raise NoBoundaryError(
-                f"one output of the model was computed from another, and both reach the loss: {'; '.join(cut.nested)}. "
-                "A step at one of them alone would be wrong, and where they meet no step can be taken. Name the "
-                "submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
-            )
-        self._report_doubts(cut, loss)
+        refuse_unusable(cut)
+        for message in doubts(cut, loss, self._settings):
+            self._report(message)
         if cut.preconditioned:
             return replace(cut, boundaries=[])
         if not cut.boundaries:
             self._none_found(cut, loss)
-        if not self._found_once and any(is_output_of_fsdp1(b.graph_edge) for b in cut.boundaries):
-            raise NoBoundaryError(
-                "the outputs come straight from FullyShardedDataParallel, whose hook on them takes the curvature's "
-                "backward pass for the network's. Give the loss a copy, loss_fn(model(x).clone(), ...), or use "
-                "torch.distributed.fsdp.fully_shard (FSDP2), which needs nothing."
-            )
+        if not self._found_once:
+            refuse_fsdp1(cut)
         return cut
-
-    def _report_doubts(self, cut: Cut, loss: Tensor) -> None:
-        assert loss.grad_fn is not None
-        reduction = reduction_of(loss.grad_fn)
-        if reduction is not None and reduction != self._settings.reduction:
-            self._report(
-                f"newton_plugin takes this loss for the {self._settings.reduction} over the samples, but it was "
-                f"computed with reduction={reduction!r}. Give the same to newton_plugin: reduction={reduction!r}."
-            )
-        for words in cut.parts:
-            self._report(
-                f"newton_plugin counts rows as samples, but this loss seems to take several rows as one: {words}. "
-                "Steps are then of another size than for a batch of such samples. Pad them to one batch, with mask= "
-                "for the ranking losses; or wrap the loss of one part, or of the padded batch, by npl.newton_loss."
-            )
-        for words in cut.left_out:
-            self._report(f"newton_plugin leaves one boundary out: {words}.")
-        if self._settings.feature_dims is not None and cut.transposed:
-            self._report(
-                f"newton_plugin counts feature_dims={self._settings.feature_dims} on the outputs as the loss sees "
-                f"them, after a transposition: {'; '.join(cut.transposed)}. If you meant the shape before it, name the "
-                "submodule that makes the outputs, boundary='head'; if you meant the shape after it, name the loss."
-            )
-        if cut.preconditioned and cut.boundaries:
-            self._report(
-                "newton_plugin: a part of this loss is wrapped by newton_loss already; the rest of it keeps its "
-                "plain gradient. Wrap the whole loss, or none of it."
-            )
 
     def _none_found(self, cut: Cut, loss: Tensor) -> None:
         """Count a batch without a boundary; at the first call raise."""
         if self._found_once:
             self._skipped += 1
             return
-        left_out = f" Left out: {'; '.join(cut.left_out)}." if cut.left_out else ""
-        raise NoBoundaryError(
-            f"boundary={self.boundary!r} found no outputs under the loss (value of shape {tuple(loss.shape)}). "
-            f"Seen from the loss: {cut.description}.{left_out} "
-            + (_COMPILED if "CompiledFunction" in cut.description else _NOT_FOUND)
-        )
+        raise nothing_found(cut, loss, self.boundary)
 
     def _report(self, message: str) -> None:
         """Warn once for each cause, whatever shapes and numbers are in the message."""

@@ -52,8 +52,8 @@ class NewtonLoss(nn.Module):
     Args:
         loss_fn: a function or module that returns one number, or one for each sample.
         curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync: see :class:`LossHook`.
-        outputs: which argument holds the model's outputs: a position, a name, or several of them (each then has a
-            curvature of its own). For a method, positions count from the first argument after ``self``.
+        outputs: which argument holds the model's outputs: a position, a name, or several of them. Arguments that
+            different layers made have a curvature each; those of one layer's calls share one. For a method, positions count from the first argument after ``self``.
 
     Raises:
         NoGradientError: when called in training mode with outputs that do not require grad.

@@ -13,7 +13,7 @@ from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._errors import NoGradientError, check_floating
-from newton_plugin._step.engine import take_steps
+from newton_plugin._step.compute import take_steps
 from newton_plugin._step.rule import OnNonfinite
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
 

@@ -17,93 +17,26 @@ A step is made at one of two moments:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from newton_plugin._boundary.autograd_graph import Boundary, is_preconditioned, mark_preconditioned
-from newton_plugin._boundary.rows import RowLayout
-from newton_plugin._derivatives.autograd import (
-    Gradients,
-    Parts,
-    Scaling,
-    SinglePassError,
-    hessian_products,
-    loss_gradients,
-    no_second_pass,
-    own_parts,
-)
+from newton_plugin._derivatives.autograd import Parts, SinglePassError, own_parts
 from newton_plugin._derivatives.closed_forms import ClosedForm
-from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._errors import ShapeError
-from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._linalg.large_rows import inner_products, squared_norms
+from newton_plugin._derivatives.products import no_second_pass
 from newton_plugin._runtime.cuda_graphs import capturing
-from newton_plugin._runtime.processes import Ranks, current_ranks
+from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._step.compute import HALF, compute_steps
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule
-from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward, live_rows
+from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.sharing import Sharing
-from newton_plugin._step.size import size_of
 from newton_plugin._step.splice import Flow, splice
 
-__all__ = ["BoundaryStep", "precondition", "take_steps"]
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass
-class BoundaryStep:
-    """The step of one boundary.
-
-    Attributes:
-        layout: between the outputs and their rows.
-        gradient: per-sample gradients, rows (N, m).
-        step: rows (N, m), in the working dtype.
-        live: the number of samples of this layer in this loss: rows of all its calls that have a gradient.
-    """
-
-    layout: RowLayout
-    gradient: Tensor
-    step: Tensor
-    live: Tensor | int
-
-
-@dataclass
-class _Steps:
-    """The steps of one loss at all its boundaries.
-
-    Attributes:
-        steps: of each boundary.
-        scaling: how the loss is made of its samples.
-        parts: what the loss alone sends to its boundaries, times ``seed``.
-        seed: of the pass that brought them.
-        size: of the whole loss; None: 1.
-    """
-
-    steps: list[BoundaryStep]
-    scaling: Scaling
-    parts: Parts
-    seed: float
-    size: Tensor | None = None
-
-
-def take_steps(
-    loss: Tensor, boundaries: Sequence[Boundary], rules: Sequence[StepRule], settings: RuleSettings
-) -> list[BoundaryStep]:
-    """The Newton step at each boundary of a live loss, at once.
-
-    Args:
-        loss: one number, or one for each row of a single boundary (an unreduced loss).
-        boundaries: where outputs meet the loss.
-        rules: one for each boundary; boundaries with the same rule are calls of one layer.
-        settings: reduction and feature dimensions.
-    """
-    return _compute_steps(loss, Ends.of(loss, boundaries, rules, settings), settings).steps
+__all__ = ["precondition"]
 
 
 def precondition(
@@ -114,10 +47,10 @@ def precondition(
     beside: bool = False,
     sharing: Sharing | None = None,
 ) -> None:
-    """Make every backward pass through ``loss`` send the Newton step at each boundary; see :func:`take_steps`.
+    """Make every backward pass through ``loss`` send the Newton step at each boundary; see ``compute.py``.
 
     Args:
-        loss, boundaries, rules, settings: see :func:`take_steps`.
+        loss, boundaries, rules, settings: see ``compute.py``.
         beside: whether the loss reaches parameters without passing a boundary.
         sharing: what is known of other terms that use operations of this loss; None: there can be none.
     """
@@ -139,7 +72,7 @@ def precondition(
         senders, flow = _in_backward(loss, ends, settings, look)
     else:
         try:
-            found = _compute_steps(loss, ends, settings)
+            found = compute_steps(loss, ends, settings)
             senders = [ComputedStep(s.step, s.layout, s.live, found.scaling) for s in found.steps]
             own = _scaled(found.parts, 1 / max(found.seed, 1)) if look or (shared and beside) else None
             flow = Flow(found.size if beside else None, own, look, bool(shared), beside)
@@ -155,11 +88,11 @@ def _can_wait(loss: Tensor, ends: Ends, settings: RuleSettings) -> bool:
     """Whether the steps may be made in the backward pass; the top of this file says why they may not."""
     return (
         loss.ndim == 0
-        and loss.dtype not in _HALF
+        and loss.dtype not in HALF
         and settings.on_nonfinite == "keep"
         and not ends.one_size
         and len(ends.calls) == len(ends.boundaries)
-        and all(b.dtype not in _HALF and b.certain for b in ends.boundaries)
+        and all(b.dtype not in HALF and b.certain for b in ends.boundaries)
         and all(layout.rows for layout in ends.layouts)
         and not current_ranks(settings.sync).many
     )
@@ -178,7 +111,8 @@ def _in_backward(
     own, upstream = None, [None] * len(ends.boundaries)
     if look is not None:
         try:
-            own, upstream = own_parts(loss, ends.boundaries, ends.observed)
+            with torch.autocast(loss.device.type, enabled=False):
+                own, upstream = own_parts(loss, ends.boundaries, ends.observed)
         except SinglePassError:  # then nobody can look
             look = None
     senders: list[Sender] = []
@@ -195,114 +129,6 @@ def _in_backward(
     return senders, Flow(own=own, sharing=look)
 
 
-def _compute_steps(loss: Tensor, ends: Ends, settings: RuleSettings) -> _Steps:
-    scaling = _scaling(loss, ends.layouts, settings)
-    ranks = current_ranks(settings.sync)
-    ranks.agree(ends.describe())
-    with torch.autocast(loss.device.type, enabled=False):
-        found = loss_gradients(
-            loss,
-            ends.boundaries,
-            ends.samples,
-            scaling,
-            ends.observed,
-            twice="products" in ends.sources,
-            verified=all(rule.probing.verified for rule in ends.rules),
-        )
-        steps: dict[int, BoundaryStep] = {}
-        for numbers in ends.calls:
-            steps.update(zip(numbers, _steps_of_layer(numbers, found, ends, scaling, ranks), strict=True))
-        taken = [steps[k] for k in range(len(steps))]
-        size = _in_one_size(taken, ends, ranks) if ends.one_size else None
-    return _Steps(taken, scaling, found.parts, found.seed, size)
-
-
-def _steps_of_layer(
-    numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, ranks: Ranks
-) -> list[BoundaryStep]:
-    """The steps of all calls of one layer, whose rows are one batch."""
-    first = numbers[0]
-    rule, source = ends.rules[first], ends.sources[first]
-    layouts = [ends.layouts[k] for k in numbers]
-    own = [layout.to_rows(found.gradients[k].detach()) for k, layout in zip(numbers, layouts, strict=True)]
-    batch = own[0] if len(own) == 1 else torch.cat(own)
-    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-    if not len(batch) and not ranks.many:
-        return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, own, strict=True)]
-    live = live_rows(batch)
-    share = None  # of the rows: a mean over N rows is one over the live rows alone
-    if scaling == "mean" and len(batch):
-        if batch.dtype in _HALF:
-            batch = batch.to(working_dtype(batch.device))
-        share = live.to(batch.dtype) / len(batch)
-        batch = batch * share
-    hessians = None
-    if source == "products":
-        gradients, boundaries = [found.gradients[k] for k in numbers], [ends.boundaries[k] for k in numbers]
-        hessians = hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
-    elif source is not None:
-        hessians = _closed_forms(numbers, found, ends, share)
-    # A rank whose rows are all ignored counts as none in the mean over the ranks.
-    result = rule(batch, hessians, ranks, layouts[0].groups, live=batch.any(-1).sum() if ranks.many else live)
-    assert result.finiteness.taken is not None
-    step = torch.where(result.finiteness.taken, result.step, batch)
-    sizes = [layout.rows for layout in layouts]
-    parts = zip(layouts, batch.split(sizes), step.split(sizes), strict=True)
-    return [BoundaryStep(layout, rows, taken, live) for layout, rows, taken in parts]
-
-
-def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: Tensor | None) -> SampleHessians | None:
-    """The Hessians of all calls of one layer; None where nothing arrives at their operations."""
-    parts = []
-    for k in numbers:
-        source, upstream = ends.sources[k], found.upstream[k]
-        if not isinstance(source, ClosedForm) or upstream is None:
-            return None
-        upstream = upstream.detach().to(working_dtype(upstream.device))
-        parts.append(source.hessians(upstream if share is None else upstream * share.to(upstream.dtype)))
-    return SampleHessians.joined(parts, [ends.layouts[k].rows for k in numbers])
-
-
-def _in_one_size(steps: list[BoundaryStep], ends: Ends, ranks: Ranks) -> Tensor:
-    """Bring the steps to the one size of their loss; return it. See ``size.py``. Does not wait for the device.
-
-    Where the step of one boundary is not taken, the whole loss keeps its gradient.
-    """
-    gains, features, verdicts = [], [], []
-    for numbers in ends.calls:
-        rule, own = ends.rules[numbers[0]], [steps[k] for k in numbers]
-        pairs = [(s.gradient.to(s.step.dtype), s.step) for s in own]
-        along = torch.stack([inner_products(g, step).sum() for g, step in pairs]).sum()
-        squares = torch.stack([squared_norms(g).sum() for g, _ in pairs]).sum()
-        sums = torch.stack([along, squares])
-        verdict = None if rule.last is None else rule.last.finiteness.taken
-        if verdict is not None:
-            verdicts.append(verdict)
-            sums = torch.where(verdict, sums, math.nan)  # a gradient that was kept says nothing about the rule
-        means = ranks.mean(sums, own[0].live)
-        gains.append(rule.gain.update(means[0], means[1], rule.curvature.averaging(rule.damping)))
-        features.append(own[0].layout.features)
-    taken = torch.stack(verdicts).all() if verdicts else torch.ones_like(gains[0], dtype=torch.bool)
-    size, factors = size_of(gains, features, ends.rules[0].power)
-    for numbers, factor in zip(ends.calls, factors, strict=True):
-        for k in numbers:
-            step = steps[k].step if factor is None else steps[k].step * factor
-            steps[k].step = torch.where(taken, step, steps[k].gradient)
-        ends.rules[numbers[0]].last_factor = None if factor is None else torch.where(taken, factor, 1.0)
-    return torch.where(taken, size, 1.0)
-
-
 def _scaled(parts: Parts, factor: float) -> Parts:
     """What consumers sent, times a number, without its graph."""
     return [[[None if p is None else p.detach() * factor for p in consumer] for consumer in b] for b in parts]
-
-
-def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
-    if loss.numel() == 1:
-        return settings.reduction
-    if len(layouts) == 1 and loss.numel() == layouts[0].rows:
-        return "per_row"
-    raise ShapeError(
-        f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
-        f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
-    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
-from newton_plugin._derivatives.autograd import Probing
+from newton_plugin._derivatives.products import Probing
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
