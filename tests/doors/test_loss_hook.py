@@ -68,7 +68,7 @@ def test_a_partly_wrapped_loss_says_so() -> None:
     net = model()
     y = net(X)
     loss = npl.newton_loss(F.cross_entropy, damping=0.1)(y, T) + y.square().mean()
-    with pytest.warns(UserWarning, match="wrapped by newton_loss already"):
+    with pytest.warns(UserWarning, match="already takes a Newton step of its own"):
         npl.LossHook(damping=0.1)(loss)
     loss.backward()
     (plain,) = [torch.cat([g.flatten() for g in torch.autograd.grad(net(X).square().mean(), list(net.parameters()))])]

@@ -81,7 +81,8 @@ def test_a_copy_meets_the_copied_layers_in_the_same_order() -> None:
     for head, scale in ((a, 1.0), (b, 100.0)):
         door(scale * head(X), T).backward()
         hook(F.cross_entropy(scale * head(X), T)).backward()
-    twins = copy.deepcopy((a, b, door, hook))
+    with pytest.warns(UserWarning, match="in the order in which losses meet these"):
+        twins = copy.deepcopy((a, b, door, hook))
     for one, other in (((a, b, door, hook), twins),):
         found = []
         for first, second, d, h in (one, other):
@@ -137,3 +138,57 @@ def test_what_was_found_is_told() -> None:
     assert "beside: parameter 0" in repr(hook)
     assert "EmpiricalFisher(structure='isotropic'" in head.curvature
     assert "AutoDamping" in head.damping
+
+
+def test_with_names_a_resumed_hook_gives_every_layer_its_own_state_whatever_comes_first() -> None:
+    nets = nn.ModuleDict({"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}).double()
+    tasks = (("a", 1.0), ("b", 100.0))
+
+    def turn(hook: npl.LossHook, name: str, scale: float) -> Tensor:
+        nets.zero_grad()
+        hook(F.cross_entropy(scale * nets[name](X), T)).backward()
+        return nets[name].weight.grad.clone()
+
+    hook = npl.LossHook(module=nets)
+    for name, scale in tasks * 2:
+        turn(hook, name, scale)
+    resumed = npl.LossHook(module=nets)
+    resumed.load_state_dict(hook.state_dict())
+    turn(hook, "a", 1.0)
+    assert torch.equal(turn(resumed, "b", 100.0), turn(hook, "b", 100.0))
+
+
+def test_without_names_a_state_of_several_losses_says_that_it_goes_by_order() -> None:
+    a, b = heads()
+    hook = npl.LossHook()
+    for head in (a, b):
+        hook(F.cross_entropy(head(X), T)).backward()
+    with pytest.warns(UserWarning, match="pass module= to both hooks"):
+        npl.LossHook().load_state_dict(hook.state_dict())
+    one_loss = npl.LossHook()
+    one_loss(F.cross_entropy(a(X), T) + F.cross_entropy(b(X), T)).backward()
+    npl.LossHook().load_state_dict(one_loss.state_dict())
+
+
+def test_an_input_that_requires_grad_is_no_part_of_the_layer() -> None:
+    a, _ = heads()
+    ours, theirs = npl.LossHook(), npl.LossHook()
+    for scale in range(1, 6):
+        found = []
+        for hook, x in ((ours, (scale * X).requires_grad_()), (theirs, scale * X)):
+            a.zero_grad()
+            hook(F.cross_entropy(a(x), T)).backward()
+            found.append(a.weight.grad.clone())
+        assert torch.equal(*found)
+    assert len(ours.state_dict()["rules"]) == 1
+
+
+def test_a_loss_of_many_heads_keeps_all_their_states() -> None:
+    torch.manual_seed(0)
+    many = [nn.Linear(5, 3).double() for _ in range(70)]
+    hook = npl.LossHook(damping=npl.AutoDamping(decay=0.99))
+    for _ in range(3):
+        hook(sum(F.cross_entropy(head(X), T) for head in many)).backward()  # type: ignore[arg-type]
+    counts = {float(rule["curvature"]["count"]) for rule in hook.state_dict()["rules"].values()}
+    assert len(hook.state_dict()["rules"]) == 70
+    assert len(counts) == 1

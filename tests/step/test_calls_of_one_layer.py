@@ -109,3 +109,14 @@ def test_calls_share_one_state_and_other_layers_have_their_own() -> None:
     hook((net(x).exp() + net(-x).exp() + other(x).exp()).mean()).backward()
     assert sorted(b.calls for b in hook.boundaries) == [1, 2, 2]
     assert len(hook.state_dict()["rules"]) == 2
+
+
+def test_a_call_of_one_row_and_one_feature_is_a_call() -> None:
+    def run(concatenated: bool) -> Tensor:
+        torch.manual_seed(0)
+        net, x = nn.Linear(5, 1).double(), torch.randn(17, 5, dtype=torch.float64)
+        a, b = net(x).split([16, 1]) if concatenated else (net(x[:16]), net(x[16:]))
+        npl.LossHook()(F.softplus(-a).mean() + F.softplus(b).mean()).backward()
+        return flat(net)
+
+    torch.testing.assert_close(run(False), run(True), rtol=1e-10, atol=0)

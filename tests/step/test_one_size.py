@@ -257,3 +257,52 @@ def test_the_gain_is_part_of_the_state() -> None:
     train(hook, net, 2)
     train(resumed, again, 2)
     torch.testing.assert_close(trunk_gradient(net), trunk_gradient(again), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", RELATIVE, ids=str)
+@pytest.mark.parametrize("weights", [(1.0, 0.001), (0.001, 1.0)])
+def test_a_term_keeps_its_share_while_its_weight_changes(weights: tuple[float, float], options: dict[str, Any]) -> None:
+    """In the very step after the change, whatever the running means still hold."""
+
+    def norms(hooked: bool) -> list[float]:
+        parts = []
+        for only in range(2):
+            net, hook = TwoHeads().double(), npl.LossHook(**options)
+            for w in (weights[0],) * 5 + (weights[1],):
+                net.zero_grad()
+                a, b = two_heads(net, only)
+                loss = a + w * b
+                (hook(loss) if hooked else loss).backward()
+            parts.append(float(trunk_gradient(net).norm()))
+        return parts
+
+    ours, plain = norms(True), norms(False)
+    assert 1 / 3 < (ours[1] / ours[0]) / (plain[1] / plain[0]) < 3
+
+
+def test_an_empty_batch_at_one_head_leaves_the_size_to_the_others_and_to_batches_before() -> None:
+    net, hook, sizes = TwoHeads().double(), npl.LossHook(), []
+    for rows in (N, 0, 0, N):
+        net.zero_grad()
+        a, _, _ = net(X)
+        _, b, _ = net(X[:rows])
+        hook(F.cross_entropy(a, T) + 0.1 * b.square().sum() + net.s.sum()).backward()
+        sizes.append(float(net.s.grad[0]))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.2)
+    assert sizes[2] == sizes[1]
+
+
+def test_a_head_that_was_not_finite_once_does_not_keep_the_loss_plain_while_it_is_empty() -> None:
+    def scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
+        return F.cross_entropy(a, T) + 0.1 * factor * b.square().sum()
+
+    door, net = npl.newton_loss(scaled, outputs=(0, 1)), TwoHeads().double()
+    a, b, _ = net(X)
+    door(a, b, float("inf")).backward()
+    net.zero_grad()
+    a, _, _ = net(X)
+    _, b, _ = net(X[:0])
+    door(a, b, 1.0).backward()
+    plain = TwoHeads().double()
+    F.cross_entropy(plain(X)[0], T).backward()
+    assert float((trunk_gradient(net) - trunk_gradient(plain)).norm()) > 1e-3

@@ -132,7 +132,7 @@ def test_in_lower_precision(dtype: torch.dtype) -> None:
 
 
 def test_a_term_that_comes_later_is_noticed_and_said() -> None:
-    """Looks are at the steps 1, 2, 4 and 8; the term comes at the fifth."""
+    """Looks are at the steps 1 to 5, 8 and 9; the term comes at the sixth."""
     net, hook = model(), npl.LossHook()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -140,7 +140,7 @@ def test_a_term_that_comes_later_is_noticed_and_said() -> None:
             net.zero_grad()
             lp = net(X).log_softmax(-1)
             total = hook(nll(lp))
-            if step >= 5:
+            if step >= 6:
                 total = total + entropy(lp)
             total.backward()
             assert bool(caught) == (step >= 9)
@@ -199,3 +199,63 @@ def test_under_autocast_nobody_is_taken_for_another_term() -> None:
             loss = hook(nll((y @ torch.eye(3)).float().log_softmax(-1)))
         loss.backward()
     assert not any(sharing.found for sharing in hook._sharing.values())
+
+
+def test_two_losses_in_turn_are_both_looked_at() -> None:
+    """Two losses of one layer in every step; a term that shares operations with the first begins at the second step."""
+    found = []
+    for shared in (True, False):
+        net, hook = model(), npl.LossHook(damping=0.1)
+        for step in range(5):
+            net.zero_grad()
+            lp = net(X).log_softmax(-1)
+            total = hook(nll(lp)) + hook(net(-X).square().mean())
+            if step:
+                total = total + 5 * entropy(lp if shared else net(X).log_softmax(-1))
+            total.backward()
+        found.append(flat(net))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1 / 3])
+def test_rounding_of_a_long_loss_is_not_taken_for_another_term(scale: float) -> None:
+    torch.manual_seed(0)
+    net, hook = nn.Linear(5, 8), npl.LossHook()
+    for _ in range(5):
+        a, b = (F.normalize(net(X.float() + 0.1 * torch.randn(16, 5)), dim=-1) for _ in range(2))
+        logits = a @ b.T / 0.05
+        (scale * hook((torch.logsumexp(logits, 1) - logits.diagonal()).mean())).backward()
+    assert not any(sharing.found for sharing in hook._sharing.values())
+
+
+def test_two_losses_that_one_operation_returns() -> None:
+    def run(apart: bool) -> Tensor:
+        net, first, second = model(), npl.LossHook(), npl.LossHook()
+        y = net(X)
+        losses = [F.cross_entropy(y, T), y.square().mean()]
+        a, b = losses if apart else torch.stack(losses).unbind()
+        (first(a) + second(b)).backward()
+        return flat(net)
+
+    torch.testing.assert_close(run(False), run(True), rtol=1e-12, atol=0)
+    net, hook = model(), npl.LossHook()
+    a, b = torch.stack([F.cross_entropy(net(X), T), net(-X).square().mean()]).unbind()
+    hook(a)
+    b.backward()
+    assert bool(flat(net).any())
+
+
+def test_a_backward_pass_that_failed_leaves_nothing_switched_on() -> None:
+    net, hook = model(), npl.LossHook()
+    y = net(X)
+    lp = y.log_softmax(-1)
+    loss = hook(nll(lp))
+    handle = y.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    net.zero_grad()
+    entropy(lp).backward()
+    expected = model()
+    entropy(expected(X).log_softmax(-1)).backward()
+    torch.testing.assert_close(flat(net), flat(expected))

@@ -130,7 +130,7 @@ def free_boundaries(loss: Tensor, boundaries: list[Boundary]) -> list[Boundary]:
     computed from there, or that it was computed from.
     """
     assert loss.grad_fn is not None
-    stepped = preconditioned_edges(loss.grad_fn)
+    stepped = preconditioned_edges((loss.grad_fn, loss.output_nr))
     return [b for b in boundaries if not _on_one_path(b.graph_edge, stepped)] if stepped else boundaries
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, edge_shape, is_leaf, operation
@@ -99,7 +100,10 @@ class Layers:
         """
         if _is_derivative(node):
             return set()
-        applied = {id(leaf.variable) for leaf in self.parameters_of(node)}  # type: ignore[attr-defined]
+        variables = [leaf.variable for leaf in self.parameters_of(node)]  # type: ignore[attr-defined]
+        # An input that requires grad is a leaf, too; without nn.Parameters (torch.func) leaves are the weights.
+        named = [v for v in variables if isinstance(v, nn.Parameter)]
+        applied = {id(v) for v in named or variables}
         return applied.union(map(id, hidden_parameters(node))) if hides_parameters(node) else applied
 
     def ends_here(self, node: Node) -> bool:

@@ -16,19 +16,21 @@ _MARK = "newton_plugin"
 _HESSIAN = "newton_plugin_hessian"
 
 
-def mark_preconditioned(node: Node, edges: Iterable[_Edge]) -> None:
-    """Note on the node of a loss at which edges it takes a Newton step, so that no second one is taken there."""
-    _metadata(node)[_MARK] = preconditioned_edges(node).union(edges)
+def mark_preconditioned(loss: _Edge, edges: Iterable[_Edge]) -> None:
+    """Note at which edges a loss takes a Newton step, so that no second one is taken there."""
+    node, index = loss
+    _metadata(node)[_MARK, index] = preconditioned_edges(loss).union(edges)
 
 
-def preconditioned_edges(node: Node) -> frozenset[_Edge]:
-    """The edges at which :func:`mark_preconditioned` noted a Newton step; empty for most nodes."""
-    return _metadata(node).get(_MARK, frozenset())
+def preconditioned_edges(loss: _Edge) -> frozenset[_Edge]:
+    """The edges at which :func:`mark_preconditioned` noted a Newton step; empty for most tensors."""
+    node, index = loss
+    return _metadata(node).get((_MARK, index), frozenset())
 
 
-def is_preconditioned(node: Node) -> bool:
-    """Whether this is the node of a loss that already takes a Newton step."""
-    return bool(preconditioned_edges(node))
+def is_preconditioned(loss: _Edge) -> bool:
+    """Whether a tensor is a loss that already takes a Newton step."""
+    return bool(preconditioned_edges(loss))
 
 
 def mark_hessian(node: Node, edge: _Edge, blocks: Callable[[], Tensor]) -> None:
@@ -41,5 +43,5 @@ def known_hessian(node: Node) -> tuple[_Edge, Callable[[], Tensor]] | None:
     return _metadata(node).get(_HESSIAN)
 
 
-def _metadata(node: Node) -> dict[str, Any]:
+def _metadata(node: Node) -> dict[Any, Any]:
     return node.metadata  # type: ignore[return-value]  # a property that torch annotates as a method

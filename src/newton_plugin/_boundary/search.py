@@ -72,7 +72,7 @@ class BoundarySearch:
     def leaves_alone(self, loss: Tensor) -> bool:
         """Whether the loss is not to be searched: it already takes a Newton step, and no name asks for another."""
         assert loss.grad_fn is not None
-        return not self._names and is_preconditioned(loss.grad_fn)
+        return not self._names and is_preconditioned((loss.grad_fn, loss.output_nr))
 
     def __call__(self, loss: Tensor) -> Cut:
         """The boundaries of all finders, each once.

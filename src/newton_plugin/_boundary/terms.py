@@ -46,10 +46,15 @@ def is_combination_of_terms(edge: Edge, layers: Layers) -> bool:
 
 
 def without_terms(edges: Mapping[Edge, Part]) -> dict[Edge, Part]:
-    """The edges but for single numbers beside a batch: one row of one feature is a term of the loss."""
+    """The edges but for single numbers beside a batch: one row of one feature is a term of the loss.
+
+    A call of a layer that has other calls here is none, whatever its batch; nor is an empty batch.
+    """
     if len(edges) < 2 or not any(edge_shape(edge)[0] > 1 for edge in edges):
         return dict(edges)
-    return {edge: part for edge, part in edges.items() if math.prod(edge_shape(edge)) > 1}
+    single = {edge for edge in edges if math.prod(edge_shape(edge)) == 1}
+    others = {part.layer for edge, part in edges.items() if edge not in single and part.layer is not None}
+    return {edge: part for edge, part in edges.items() if edge not in single or part.layer in others}
 
 
 def is_sum_of_terms(edge: Edge, graph: LossGraph, layers: Layers) -> bool:

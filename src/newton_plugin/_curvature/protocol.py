@@ -37,7 +37,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature.damping import Averaging, Damping
+from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.overriding import arguments_of, holds
 from newton_plugin._derivatives.sample_hessians import HVP
@@ -157,10 +157,6 @@ class Curvature(ABC):
     def streams(self, gradient: Tensor) -> bool:
         """Whether the next step takes these rows in their own dtype, with their weight; see :meth:`step`."""
         return False
-
-    def averaging(self, damping: Damping) -> Averaging:
-        """How this curvature averages over batches with such a damping."""
-        return damping.averaging
 
     def state_dict(self) -> dict[str, Any]:
         """The running state as plain types and tensors; empty by default."""

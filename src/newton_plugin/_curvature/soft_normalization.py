@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from newton_plugin._curvature.damping import AutoDamping, Averaging, BatchRelative, Damping
+from newton_plugin._curvature.damping import AutoDamping, BatchRelative, Damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
 from newton_plugin._curvature.protocol import HVP, CurvatureStep
 from newton_plugin._curvature.running_mean import RunningMean
@@ -50,10 +50,6 @@ class SoftNormalization(EmpiricalFisher):
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
         return super().step(gradient, hvp, self._own(damping, gradient.shape[1]), ranks, 1, weight, live)
-
-    def averaging(self, damping: Damping) -> Averaging:
-        """See :meth:`Curvature.averaging`. Relative to the batch alone, unless a damping of another kind is given."""
-        return self._own(damping, 1).averaging
 
     def _own(self, damping: Damping, features: int) -> Damping:
         return BatchRelative(self.c * features, self._slow) if isinstance(damping, AutoDamping) else damping

@@ -83,7 +83,7 @@ def doubts(cut: Cut, loss: Tensor, settings: RuleSettings) -> Iterator[str]:
         )
     if cut.preconditioned and cut.boundaries:
         yield (
-            "newton_plugin: a part of this loss is wrapped by newton_loss already; the rest of it keeps its "
+            "newton_plugin: a part of this loss already takes a Newton step of its own; the rest of it keeps its "
             "plain gradient. Wrap the whole loss, or none of it."
         )
 

@@ -22,17 +22,23 @@ class LayerNames:
     def __getstate__(self) -> dict[str, object]:
         return {"_names": {}}
 
-    def of(self, layer: Hashable | None, wanted: str) -> str:
-        """The name of ``layer``: ``wanted``, or with a number if another layer has that; None is no layer."""
+    def of(self, layer: Hashable | None, wanted: str, at_once: int = 1) -> str:
+        """The name of ``layer``: ``wanted``, or with a number if another layer has that; None is no layer.
+
+        Args:
+            layer: what is the same at each of its calls.
+            wanted: what it would be called alone.
+            at_once: how many layers one loss has. So many are kept, whatever the limit.
+        """
         if layer is None:
             return wanted
         if layer not in self._names:
-            while len(self._names) >= MAX_LAYERS:
+            while len(self._names) >= max(MAX_LAYERS, 4 * at_once):
                 self._names.pop(next(iter(self._names)))
             taken = set(self._names.values())
             name, number = wanted, 1
             while name in taken:
                 number += 1
-                name = f"{wanted}#{number}"
+                name = f"{wanted}@{number}"
             self._names[layer] = name
         return self._names[layer]

@@ -100,6 +100,7 @@ class LossHook:
         self._sharing: dict[tuple[str, ...], Sharing] = {}
         self._found: tuple[FoundBoundary, ...] = ()
         self._found_once = False
+        self._in_turn = False  # whether different losses have different boundaries
         self._skipped = 0
         self._reported: set[str] = set()
         if module is not None:
@@ -120,6 +121,20 @@ class LossHook:
             "_found": (),
         }
         return {**self.__dict__, **fresh}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._warn_of_order()
+
+    def _warn_of_order(self) -> None:
+        """Say that states without names of layers go to the layers in the order in which these are met."""
+        nameless = {key.rpartition("/")[2] for key in self._rules}
+        if self._in_turn and sum(key.startswith("output") for key in nameless) > 1:
+            self._report(
+                "newton_plugin: the states of several layers, which served different losses, are taken over by a hook "
+                "that knows no names of layers. They go to the layers in the order in which losses meet these. If the "
+                "order may be another now, pass module= to both hooks."
+            )
 
     @property
     def boundaries(self) -> tuple[FoundBoundary, ...]:
@@ -182,8 +197,9 @@ class LossHook:
         boundaries = free_boundaries(loss, cut.boundaries)
         if boundaries:
             keys = self._keys_of(boundaries, name)
-            self._used = [self._rule(key) for key in keys]
-            sharing = self._sharing.setdefault(tuple(keys), Sharing())
+            self._used = [self._rule(key, len(keys)) for key in keys]
+            self._in_turn = self._in_turn or len(self._rules) > len(set(keys))
+            sharing = self._sharing.setdefault((*keys, loss.grad_fn.name()), Sharing())
             precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
             if sharing.unnoticed:
                 self._report(shared_late(sharing.unnoticed))
@@ -237,7 +253,7 @@ class LossHook:
         callers: dict[str, Hashable] = {}
         for boundary in boundaries:
             layout = layout_at(boundary, self._settings)
-            key = self._names.of(boundary.layer, boundary.name)
+            key = self._names.of(boundary.layer, boundary.name, len(boundaries))
             if self._by_width:
                 key += f":{layout.features}"
             if loss:
@@ -256,9 +272,9 @@ class LossHook:
         curvature = self._plain_rule.curvature
         return curvature.structure not in ("isotropic", "per_sample") or curvature.refresh_every > 1
 
-    def _rule(self, key: str) -> StepRule:
+    def _rule(self, key: str, at_once: int) -> StepRule:
         if key not in self._rules:
-            while len(self._rules) >= MAX_LAYERS:  # outputs whose width changes all the time
+            while len(self._rules) >= max(MAX_LAYERS, 4 * at_once):  # outputs whose width changes all the time
                 self._rules.pop(next(iter(self._rules)))
                 self._sharing.clear()
             self._rules[key] = self._settings.build()
@@ -280,6 +296,7 @@ class LossHook:
         return {
             "rules": {key: rule.state_dict() for key, rule in self._rules.items()},
             "found_once": self._found_once,
+            "in_turn": self._in_turn,
             "skipped": self._skipped,
         }
 
@@ -289,6 +306,8 @@ class LossHook:
         for key, rule in rules.items():
             rule.load_state_dict(state["rules"][key])
         self._rules = rules
+        self._names, self._in_turn = LayerNames(), state.get("in_turn", False)
+        self._warn_of_order()
         self._found_once, self._skipped = state["found_once"], state["skipped"]
 
 

@@ -53,7 +53,8 @@ class NewtonLoss(nn.Module):
         loss_fn: a function or module that returns one number, or one for each sample.
         curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync: see :class:`LossHook`.
         outputs: which argument holds the model's outputs: a position, a name, or several of them. Arguments that
-            different layers made have a curvature each; those of one layer's calls share one. For a method, positions count from the first argument after ``self``.
+            different layers made have a curvature each; those of one layer's calls share one. For a method, positions
+            count from the first argument after ``self``.
 
     Raises:
         NoGradientError: when called in training mode with outputs that do not require grad.
@@ -116,7 +117,7 @@ class NewtonLoss(nn.Module):
                 f"{self._loss_name} returned a value without an autograd graph. Does it detach its outputs, or "
                 "leave torch?"
             )
-        if is_preconditioned(loss.grad_fn):
+        if is_preconditioned((loss.grad_fn, loss.output_nr)):
             return loss
         graph = explore(loss.grad_fn, arguments.__contains__)
         boundaries = []
@@ -150,7 +151,7 @@ class NewtonLoss(nn.Module):
             # Two parts of what one call returned are not two calls.
             parts = any(j != k and owner.calls & other.calls for j, other in enumerate(owners))
             layer = (owner.parameters, boundary.name) if parts else owner.parameters
-            keys.append(self._names.of(layer if owner.parameters else None, boundary.name))
+            keys.append(self._names.of(layer if owner.parameters else None, boundary.name, len(boundaries)))
         return keys
 
     def _report_others(self, others: set[Edge]) -> None:

@@ -39,12 +39,14 @@ class BoundaryStep:
         gradient: per-sample gradients, rows (N, m).
         step: rows (N, m), in the working dtype.
         live: the number of samples of this layer in this loss: rows of all its calls that have a gradient.
+        taken: whether the step was taken and not the gradient; None: there was nothing to take.
     """
 
     layout: RowLayout
     gradient: Tensor
     step: Tensor
     live: Tensor | int
+    taken: Tensor | None = None
 
 
 @dataclass
@@ -134,7 +136,8 @@ def _steps_of_layer(
     step = torch.where(result.finiteness.taken, result.step, batch)
     sizes = [layout.rows for layout in layouts]
     parts = zip(layouts, batch.split(sizes), step.split(sizes), strict=True)
-    return [BoundaryStep(layout, rows, taken, live) for layout, rows, taken in parts]
+    verdict = result.finiteness.taken
+    return [BoundaryStep(layout, rows, taken, live, verdict) for layout, rows, taken in parts]
 
 
 def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: Tensor | None) -> SampleHessians | None:
@@ -161,12 +164,12 @@ def _in_one_size(steps: list[BoundaryStep], ends: Ends, ranks: Ranks) -> Tensor:
         along = torch.stack([inner_products(g, step).sum() for g, step in pairs]).sum()
         squares = torch.stack([squared_norms(g).sum() for g, _ in pairs]).sum()
         sums = torch.stack([along, squares])
-        verdict = None if rule.last is None else rule.last.finiteness.taken
+        verdict = own[0].taken
         if verdict is not None:
             verdicts.append(verdict)
             sums = torch.where(verdict, sums, math.nan)  # a gradient that was kept says nothing about the rule
         means = ranks.mean(sums, own[0].live)
-        gains.append(rule.gain.update(means[0], means[1], rule.curvature.averaging(rule.damping)))
+        gains.append(rule.gain.update(means[0], means[1]))
         features.append(own[0].layout.features)
     taken = torch.stack(verdicts).all() if verdicts else torch.ones_like(gains[0], dtype=torch.bool)
     size, factors = size_of(gains, features, ends.rules[0].power)

@@ -55,7 +55,8 @@ def precondition(
         sharing: what is known of other terms that use operations of this loss; None: there can be none.
     """
     assert loss.grad_fn is not None
-    again = is_preconditioned(loss.grad_fn)
+    at = (loss.grad_fn, loss.output_nr)
+    again = is_preconditioned(at)
     if again:
         # Another door has changed what flows from this loss, to terms beside the boundaries, too. This one takes its
         # own steps at its own boundaries, and nothing else.
@@ -81,7 +82,7 @@ def precondition(
                 raise
             senders, flow = _in_backward(loss, ends, settings, None, str(error))
     splice(loss, boundaries, senders, flow)
-    mark_preconditioned(loss.grad_fn, [b.graph_edge for b in boundaries])
+    mark_preconditioned(at, [b.graph_edge for b in boundaries])
 
 
 def _can_wait(loss: Tensor, ends: Ends, settings: RuleSettings) -> bool:

@@ -37,7 +37,7 @@ class StepRule:
         damping: what is added to C.
         on_nonfinite: keep a gradient that is not finite, or raise.
         probing: what is known about differentiating this loss twice.
-        gain: how much longer the rule makes a gradient; kept where a loss has one size for several boundaries.
+        gain: how much longer the rule made the last gradients; kept where a loss has one size for several boundaries.
         last: the last step.
         last_gradient: its rows, where ``last.sizes`` does not say how large they were.
         last_weight: their weight, where the rows were streamed.

@@ -14,10 +14,9 @@ from torch import Tensor
 __all__ = ["Sharing", "separate"]
 
 _RAREST = 256  # steps from one look to the next
-# How far two passes over the same operations may differ by rounding: in eps, of an element and of the largest element.
-# In half precision a look costs nothing and a false alarm is harmless, so it is the more careful one.
-_ROUNDING = {torch.float64: (64.0, 8.0), torch.float32: (64.0, 8.0)}
-_ROUNDING_OF_HALF = (4.0, 0.1)
+# How far two passes over the same operations may differ by rounding, of the largest element. In half precision a look
+# costs nothing and a false alarm is harmless, so it is the more careful one.
+_ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 class Sharing:
@@ -36,10 +35,14 @@ class Sharing:
         self._seen: Tensor | None = None  # of the last look, on the device
 
     def due(self) -> bool:
-        """Count a step; whether it is one at which to look: the steps 1, 2, 4, 8, ... and every 256th."""
+        """Count a step; whether it is one at which to look: 1, 2, 4, 8, ..., every 256th, and the one after each.
+
+        Two steps in a row: where two losses take turns, both are looked at.
+        """
         self._steps += 1
-        step = self._steps
-        due = step % _RAREST == 0 if step > _RAREST else step & (step - 1) == 0
+        due = any(
+            s > 0 and (s % _RAREST == 0 if s > _RAREST else s & (s - 1) == 0) for s in (self._steps, self._steps - 1)
+        )
         self._looks += due
         return due
 
@@ -70,11 +73,8 @@ def separate(arrived: Tensor, own: Tensor, sharing: Sharing) -> tuple[Tensor, Te
     if not own.numel():
         return own, arrived
     rest = arrived - own
-    eps = torch.finfo(arrived.dtype).eps
-    of_element, of_largest = (eps * factor for factor in _ROUNDING.get(arrived.dtype, _ROUNDING_OF_HALF))
-    size = own.abs()
-    beyond = rest.abs() > of_element * size + of_largest * size.amax()
+    beyond = rest.abs().amax() > _ROUNDING.get(arrived.dtype, _ROUNDING[torch.bfloat16]) * own.abs().amax()
     # What is not finite overflowed under this pass's scale: it says nothing.
-    shared = beyond.any() & torch.isfinite(rest).all()
+    shared = beyond & torch.isfinite(rest).all()
     sharing.report(shared)
     return torch.where(shared, own, arrived), torch.where(shared, rest, 0.0)

@@ -6,7 +6,7 @@ parameters beside the boundaries (a penalty, a KL term of an earlier layer) woul
 by orders of magnitude. So a step is split in two:
 
 * its **shape** at boundary k, ``step_k / gain_k``: samples are weighed, directions turned. The *gain* is how much
-  longer the rule makes a gradient on average, ``gain_k = sum_i g_i' step_i / sum_i |g_i|^2``.
+  longer the rule makes the gradients of a batch, ``gain_k = sum_i g_i' step_i / sum_i |g_i|^2``.
 * its **size**, one number for the whole loss. For power p and m_k features,
 
   .. math:: size^{-1/p} = \sum_k m_k \, gain_k^{-1/p} \Big/ \sum_k m_k.
@@ -25,48 +25,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._curvature.damping import Averaging
-from newton_plugin._curvature.running_mean import RunningMean
-
 __all__ = ["Gain", "size_of"]
 
 
 class Gain:
-    """The gain of one rule, averaged over batches as its C is.
+    """The gain of one rule in the last batch that had a gradient.
 
-    A batch without a gradient has no gain: the last one stands.
+    It is not averaged over batches: then a term would count more or less than its author said wherever its gradient
+    changes size.
     """
 
     def __init__(self) -> None:
-        self._along = RunningMean()
-        self._squares = RunningMean(nonnegative=True)
         self._last: Tensor | None = None
 
-    def update(self, along: Tensor, squares: Tensor, averaging: Averaging) -> Tensor:
-        """Add a batch; return the gain, 0 where there is none yet.
+    def update(self, along: Tensor, squares: Tensor) -> Tensor:
+        """The gain of this batch, of the last one that had a gradient, or 0 where none had.
 
         Args:
-            along: mean of ``g_i' step_i`` over the samples, no dimensions.
-            squares: mean of ``|g_i|^2``, no dimensions.
-            averaging: how the rule averages C.
+            along: sum of ``g_i' step_i`` over the samples, no dimensions.
+            squares: sum of ``|g_i|^2``, no dimensions.
         """
-        a = self._along.update(along, averaging.decay, averaging.growth)
-        b = self._squares.update(squares, averaging.decay, averaging.growth)
-        last = torch.zeros_like(a) if self._last is None else self._last.to(a)
-        ratio = a / b
+        last = torch.zeros_like(along) if self._last is None else self._last.to(along)
+        ratio = along / squares
         self._last = torch.where((ratio > 0) & torch.isfinite(ratio), ratio, last)
         return self._last
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors; empty before the first batch."""
-        if self._last is None:
-            return {}
-        return {"along": self._along.state_dict(), "squares": self._squares.state_dict(), "last": self._last}
+        return {} if self._last is None else {"last": self._last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        self._along.load_state_dict(state.get("along", {}))
-        self._squares.load_state_dict(state.get("squares", {}))
         self._last = state.get("last")
 
 

@@ -65,23 +65,27 @@ class _Splice:
         self.flow = flow
         self.silent = flow.shared and not flow.beside  # the loss's own gradient serves nothing: it is stopped
         self.scale: Tensor | None = None
+        self.task = -1  # the backward pass in which the scale holds; it may have ended by an exception
         self.left: list[int] = []
         self.received: list[Tensor | None] = []
         self.sent: set[int] = set()
 
-    def start(self, scale: Tensor) -> Tensor | None:
+    def start(self, scale: Tensor | None) -> Tensor | None:
         """A backward pass begins at the loss, with this gradient. Returns what goes on from there; None: all of it."""
+        if scale is None:  # it begins at another output of the operation that made the loss
+            return None
+        self.task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
         self.scale = scale.detach() if self.before is None else self.before.scale
         self.left = list(self.consumers)
         self.received = [None] * len(self.senders)
         self.sent.clear()
-        # Active in this pass only: another loss may share operations with this one.
         torch.autograd.Variable._execution_engine.queue_callback(self.stop)
         if self.silent:
             return torch.zeros_like(scale)
         return None if self.flow.size is None else scale * self.flow.size.to(scale)
 
     def stop(self) -> None:
+        """The pass is over: another loss may share operations with this one."""
         self.scale = None
         self.received = []
 
@@ -89,7 +93,7 @@ class _Splice:
         """A post-hook for consumer ``number`` of boundary ``which``."""
 
         def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
-            if self.scale is None:
+            if self.scale is None or self.task != torch._C._current_graph_task_id():  # type: ignore[attr-defined]
                 return None
             grads = list(grad_inputs)
             here = [k for k, position in enumerate(positions) if grads[position] is not None]
@@ -167,9 +171,10 @@ def splice(loss: Tensor, boundaries: Sequence[Boundary], senders: Sequence[Sende
         flow: what becomes of the loss's own gradient.
     """
     assert loss.grad_fn is not None
-    marks: dict[str, Any] = loss.grad_fn.metadata  # type: ignore[assignment]
-    shared = _Splice(senders, [len(boundary.consumers) for boundary in boundaries], flow, marks.get(_MARK))
-    marks[_MARK] = shared
+    marks: dict[Any, Any] = loss.grad_fn.metadata  # type: ignore[assignment]
+    mark = (_MARK, loss.output_nr)
+    shared = _Splice(senders, [len(boundary.consumers) for boundary in boundaries], flow, marks.get(mark))
+    marks[mark] = shared
     for which, boundary in enumerate(boundaries):
         for number, (node, positions) in enumerate(boundary.consumers):
             node.register_hook(shared.consumer_hook(which, number, positions))
