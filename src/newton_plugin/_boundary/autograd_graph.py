@@ -185,7 +185,7 @@ def explore(root: Node, stop: Callable[[Edge], bool], skip: Callable[[Node], boo
                 graph.stops.append(edge)  # type: ignore[arg-type]
             elif child not in visited:
                 visited.add(child)
-                if child.metadata and is_preconditioned(edge):
+                if child.metadata and is_preconditioned(edge):  # type: ignore[arg-type]
                     graph.preconditioned.append(child)
                 else:
                     nodes.append(child)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary.autograd_graph import Boundary
 from newton_plugin._boundary.finder import Cut, free_boundaries
 from newton_plugin._boundary.search import BoundarySearch
 from newton_plugin._curvature.damping import Damping
@@ -24,11 +23,11 @@ from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
 from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, refuse_unusable, shared_late
 from newton_plugin._doors.found import FoundBoundary, describe_boundaries, found_boundaries
-from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
+from newton_plugin._doors.layer_names import MAX_LAYERS
+from newton_plugin._doors.running_states import RunningStates
 from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._runtime.processes import current_ranks
-from newton_plugin._step.ends import layout_at
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.rule import OnNonfinite, StepRule
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
@@ -93,14 +92,11 @@ class LossHook:
         self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
         self.boundary = boundary
         self._search = BoundarySearch(boundary)
-        self._rules: dict[str, StepRule] = {}
-        self._plain_rule = self._settings.build()
+        self._states = RunningStates(self._settings)
         self._used: list[StepRule] = []
-        self._names = LayerNames()
         self._sharing: dict[tuple[str, ...], Sharing] = {}
         self._found: tuple[FoundBoundary, ...] = ()
         self._found_once = False
-        self._in_turn = False  # whether different losses have different boundaries
         self._skipped = 0
         self._reported: set[str] = set()
         if module is not None:
@@ -116,7 +112,6 @@ class LossHook:
         fresh = {
             "_search": BoundarySearch(self.boundary),
             "_used": [],
-            "_names": LayerNames(),
             "_sharing": {},
             "_found": (),
         }
@@ -128,8 +123,7 @@ class LossHook:
 
     def _warn_of_order(self) -> None:
         """Say that states without names of layers go to the layers in the order in which these are met."""
-        nameless = {key.rpartition("/")[2] for key in self._rules}
-        if self._in_turn and sum(key.startswith("output") for key in nameless) > 1:
+        if self._states.go_by_order:
             self._report(
                 "newton_plugin: the states of several layers, which served different losses, are taken over by a hook "
                 "that knows no names of layers. They go to the layers in the order in which losses meet these. If the "
@@ -196,10 +190,11 @@ class LossHook:
         cut = self._find_on_every_rank(loss)
         boundaries = free_boundaries(loss, cut.boundaries)
         if boundaries:
-            keys = self._keys_of(boundaries, name)
-            self._used = [self._rule(key, len(keys)) for key in keys]
-            self._in_turn = self._in_turn or len(self._rules) > len(set(keys))
-            sharing = self._sharing.setdefault((*keys, loss.grad_fn.name()), Sharing())
+            keys = self._states.keys_of(boundaries, name)
+            self._used = self._states.of(keys)
+            if len(self._sharing) > 4 * MAX_LAYERS:  # widths that change all the time
+                self._sharing.clear()
+            sharing = self._sharing.setdefault((*keys, _operation_of(loss)), Sharing())
             precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
             if sharing.unnoticed:
                 self._report(shared_late(sharing.unnoticed))
@@ -247,39 +242,6 @@ class LossHook:
             self._reported.add(cause)
             warnings.warn(message, UserWarning, stacklevel=5)
 
-    def _keys_of(self, boundaries: Sequence[Boundary], loss: str) -> list[str]:
-        """Which running state each boundary has: one for each layer. Calls of one layer in one loss share it."""
-        keys: list[str] = []
-        callers: dict[str, Hashable] = {}
-        for boundary in boundaries:
-            layout = layout_at(boundary, self._settings)
-            key = self._names.of(boundary.layer, boundary.name, len(boundaries))
-            if self._by_width:
-                key += f":{layout.features}"
-            if loss:
-                key = f"{loss}/{key}"
-            # Structure "block" has a C for each position, so calls of different lengths are told apart as well.
-            caller = None if boundary.layer is None else (boundary.layer, layout.features, layout.groups)
-            if key in callers and (caller is None or callers[key] != caller):
-                key = f"{key}#{1 + sum(k.partition('#')[0] == key for k in callers)}"
-            callers[key] = caller
-            keys.append(key)
-        return keys
-
-    @property
-    def _by_width(self) -> bool:
-        """Whether C has another shape for outputs of another width, so that each width has its own."""
-        curvature = self._plain_rule.curvature
-        return curvature.structure not in ("isotropic", "per_sample") or curvature.refresh_every > 1
-
-    def _rule(self, key: str, at_once: int) -> StepRule:
-        if key not in self._rules:
-            while len(self._rules) >= max(MAX_LAYERS, 4 * at_once):  # outputs whose width changes all the time
-                self._rules.pop(next(iter(self._rules)))
-                self._sharing.clear()
-            self._rules[key] = self._settings.build()
-        return self._rules[key]
-
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last step that a backward pass has taken; waits for the device, so call it when you log.
 
@@ -289,24 +251,15 @@ class LossHook:
             place of the Hessian. With several boundaries: norms together, extremes over all, the largest damping.
             Empty before the first step.
         """
-        return diagnostics(self._used, self._rules.values(), self._skipped)
+        return diagnostics(self._used, self._states.rules.values(), self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The running state of every boundary: plain types and tensors."""
-        return {
-            "rules": {key: rule.state_dict() for key, rule in self._rules.items()},
-            "found_once": self._found_once,
-            "in_turn": self._in_turn,
-            "skipped": self._skipped,
-        }
+        return {**self._states.state_dict(), "found_once": self._found_once, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        rules = {key: self._settings.build() for key in state["rules"]}
-        for key, rule in rules.items():
-            rule.load_state_dict(state["rules"][key])
-        self._rules = rules
-        self._names, self._in_turn = LayerNames(), state.get("in_turn", False)
+        self._states.load_state_dict(state)
         self._warn_of_order()
         self._found_once, self._skipped = state["found_once"], state["skipped"]
 
@@ -328,3 +281,8 @@ def _check_graph(loss: Tensor) -> None:
             "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
             "the loss on which you would call backward(). Losses of rankings: newton_plugin.algorithms."
         )
+
+
+def _operation_of(loss: Tensor) -> str:
+    """What made the loss, which tells apart most losses of one layer."""
+    return "" if loss.grad_fn is None else loss.grad_fn.name()
