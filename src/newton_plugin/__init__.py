@@ -16,6 +16,7 @@ from newton_plugin._curvature.hessian import Hessian
 from newton_plugin._curvature.protocol import Curvature, CurvatureStep
 from newton_plugin._curvature.soft_normalization import SoftNormalization
 from newton_plugin._derivatives.closed_forms import with_hessian
+from newton_plugin._doors.found import FoundBoundary
 from newton_plugin._doors.loss_hook import LossHook
 from newton_plugin._doors.newton_loss import NewtonLoss, newton_loss
 from newton_plugin._doors.newton_step import NewtonStep, newton_step
@@ -49,6 +50,7 @@ __all__ = [
     "Damping",
     "EmpiricalFisher",
     "Finiteness",
+    "FoundBoundary",
     "Hessian",
     "LossHook",
     "NewtonLoss",

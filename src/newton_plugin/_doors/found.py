@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from newton_plugin._boundary.autograd_graph import Boundary
+from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._step.ends import layout_at
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 
-__all__ = ["FoundBoundary", "describe_boundaries", "found_boundaries"]
+__all__ = ["Found", "FoundBoundary", "describe_boundaries"]
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,50 @@ class FoundBoundary:
         )
 
 
-def found_boundaries(
-    boundaries: Sequence[Boundary],
-    rules: Sequence[StepRule],
-    settings: RuleSettings,
-    beside: Sequence[str] = (),
-    left_out: Sequence[str] = (),
-) -> tuple[FoundBoundary, ...]:
-    """What the search has found, without the graph."""
-    found = []
-    for boundary, rule in zip(boundaries, rules, strict=True):
-        layout = layout_at(boundary, settings)
-        found.append(
+@dataclass(frozen=True)
+class Found:
+    """What a search has found, without the graph; put into words when somebody asks.
+
+    Attributes:
+        names, layouts, rules: of each boundary.
+        beside, left_out: see :class:`FoundBoundary`.
+    """
+
+    names: Sequence[str] = ()
+    layouts: Sequence[RowLayout] = ()
+    rules: Sequence[StepRule] = ()
+    beside: Sequence[str] = ()
+    left_out: Sequence[str] = ()
+
+    @staticmethod
+    def of(
+        boundaries: Sequence[Boundary],
+        rules: Sequence[StepRule],
+        settings: RuleSettings,
+        beside: Sequence[str],
+        left_out: Sequence[str],
+    ) -> Found:
+        """From the boundaries of a loss."""
+        layouts = [layout_at(boundary, settings) for boundary in boundaries]
+        return Found([boundary.name for boundary in boundaries], layouts, rules, beside, left_out)
+
+    def boundaries(self) -> tuple[FoundBoundary, ...]:
+        """For people."""
+        return tuple(
             FoundBoundary(
-                boundary.name,
-                boundary.shape,
+                name,
+                layout.shape,
                 layout.sample_axes,
                 layout.rows,
                 layout.features,
                 repr(rule.curvature),
                 repr(rule.damping),
-                sum(other is rule for other in rules),
-                tuple(beside),
-                tuple(left_out),
+                sum(other is rule for other in self.rules),
+                tuple(self.beside),
+                tuple(self.left_out),
             )
+            for name, layout, rule in zip(self.names, self.layouts, self.rules, strict=True)
         )
-    return tuple(found)
 
 
 def describe_boundaries(found: Sequence[FoundBoundary]) -> str:

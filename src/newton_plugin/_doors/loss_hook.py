@@ -22,7 +22,7 @@ from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
 from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, refuse_unusable, shared_late
-from newton_plugin._doors.found import FoundBoundary, describe_boundaries, found_boundaries
+from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
 from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
 from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError
@@ -95,7 +95,7 @@ class LossHook:
         self._states = RunningStates(self._settings)
         self._used: list[StepRule] = []
         self._sharing: dict[tuple[str, ...], Sharing] = {}
-        self._found: tuple[FoundBoundary, ...] = ()
+        self._found = Found()
         self._found_once = False
         self._skipped = 0
         self._reported: set[str] = set()
@@ -104,7 +104,7 @@ class LossHook:
 
     def __repr__(self) -> str:
         parts = [self._settings.describe()] + [f"boundary={self.boundary!r}"] * (self.boundary != "auto")
-        found = f"  # {describe_boundaries(self._found)}" if self._found else ""
+        found = f"  # {self.describe()}" if self._found.layouts else ""
         return f"LossHook({', '.join(filter(None, parts))}){found}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class LossHook:
             "_search": BoundarySearch(self.boundary),
             "_used": [],
             "_sharing": {},
-            "_found": (),
+            "_found": Found(),
         }
         return {**self.__dict__, **fresh}
 
@@ -137,11 +137,11 @@ class LossHook:
         What the loss reaches beside them is in ``beside`` of each, what was passed over in ``left_out``. Empty before
         the first loss.
         """
-        return self._found
+        return self._found.boundaries()
 
     def describe(self) -> str:
         """The same in one line, for a log."""
-        return describe_boundaries(self._found)
+        return describe_boundaries(self.boundaries)
 
     def attach(self, module: nn.Module) -> None:
         """Tell the hook the model, so that names mean something; registers forward hooks on named submodules.
@@ -198,7 +198,7 @@ class LossHook:
             precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
             if sharing.unnoticed:
                 self._report(shared_late(sharing.unnoticed))
-            self._found = found_boundaries(boundaries, self._used, self._settings, cut.beside, cut.left_out)
+            self._found = Found.of(boundaries, self._used, self._settings, cut.beside, cut.left_out)
             self._found_once = True
         return loss
 

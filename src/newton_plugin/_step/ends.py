@@ -58,6 +58,9 @@ class Ends:
     ) -> Ends:
         """Of a live loss."""
         layouts = [layout_at(b, settings) for b in boundaries]
+        if len(layouts) == 1:  # nearly always
+            source = _source(loss, boundaries[0], layouts[0], rules[0])
+            return Ends(boundaries, layouts, rules, [source], [[0]], [layouts[0].rows], beside)
         calls: list[list[int]] = []
         for k, rule in enumerate(rules):
             first = next((numbers for numbers in calls if rules[numbers[0]] is rule), None)
