@@ -21,7 +21,7 @@ from newton_plugin._linalg.large_rows import inner_products, squared_norms
 from newton_plugin._runtime.processes import Ranks, current_ranks
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule
-from newton_plugin._step.senders import live_rows
+from newton_plugin._step.senders import all_if_none
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import size_of
 
@@ -117,7 +117,8 @@ def _steps_of_layer(
     # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
     if not len(batch) and not ranks.many:
         return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, own, strict=True)]
-    live = live_rows(batch)
+    counted = batch.any(-1).sum()
+    live = all_if_none(counted, len(batch))
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(batch):
         if batch.dtype in HALF:
@@ -131,7 +132,7 @@ def _steps_of_layer(
     elif source is not None:
         hessians = _closed_forms(numbers, found, ends, share)
     # A rank whose rows are all ignored counts as none in the mean over the ranks.
-    result = rule(batch, hessians, ranks, layouts[0].groups, live=batch.any(-1).sum() if ranks.many else live)
+    result = rule(batch, hessians, ranks, layouts[0].groups, live=counted if ranks.many else live)
     assert result.finiteness.taken is not None
     step = torch.where(result.finiteness.taken, result.step, batch)
     sizes = [layout.rows for layout in layouts]

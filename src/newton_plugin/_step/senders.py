@@ -15,7 +15,7 @@ from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.sharing import Sharing
 
-__all__ = ["ComputedStep", "Sender", "StepInBackward", "live_rows"]
+__all__ = ["ComputedStep", "Sender", "StepInBackward", "all_if_none", "live_rows"]
 
 
 class Sender(Protocol):
@@ -139,8 +139,12 @@ class StepInBackward:
 
 def live_rows(rows: Tensor) -> Tensor:
     """How many rows have a gradient: what a loss ignores has none, and is no sample of it. All rows if none has one."""
-    live = rows.any(-1).sum()
-    return live.masked_fill(live == 0, len(rows))
+    return all_if_none(rows.any(-1).sum(), len(rows))
+
+
+def all_if_none(live: Tensor, rows: int) -> Tensor:
+    """``live``, or the number of rows where it is zero: a batch that is solved counts as it is."""
+    return live.masked_fill(live == 0, rows)
 
 
 def _weight(scale: Tensor, samples: Tensor | int, mean: bool) -> Tensor:

@@ -82,7 +82,9 @@ class _Splice:
         torch.autograd.Variable._execution_engine.queue_callback(self.stop)
         if self.silent:
             return torch.zeros_like(scale)
-        return None if self.flow.size is None else scale * self.flow.size.to(scale)
+        size = self.flow.size
+        # In the wider dtype: a size may be beyond half precision where its product with the scale is not.
+        return None if size is None else (scale.to(size.dtype) * size).to(scale.dtype)
 
     def stop(self) -> None:
         """The pass is over: another loss may share operations with this one."""
@@ -136,7 +138,9 @@ class _Splice:
         if own is None:
             return (torch.zeros_like(grad), grad) if flow.own is not None else (grad, None)
         assert self.scale is not None
-        factor = self.scale.reshape(()) if flow.size is None else self.scale.reshape(()) * flow.size.to(self.scale)
+        factor = self.scale.reshape(())
+        if flow.size is not None:
+            factor = factor.to(flow.size.dtype) * flow.size
         expected = own * factor.to(own)
         if flow.shared:
             return expected, grad - expected
