@@ -22,12 +22,13 @@ ROOMS = {"algorithms", "convex", "bilevel"}
 ORDER: dict[str, list[tuple[str, ...]]] = {
     "newton_plugin": [
         ("_errors",),
-        ("_runtime", "_linalg", "_boundary"),
+        ("_runtime",),
+        ("_linalg", "_boundary"),
         ("_derivatives",),
         ("_curvature",),
         ("_step",),
         ("_doors",),
-        ("testing",),
+        ("functional", "testing"),
     ],
     "newton_plugin.algorithms": [
         ("_log_domain",),

@@ -8,7 +8,7 @@ output space and train on the quadratic surrogate. Three doors:
 * ``newton_plugin_lightning.NewtonLosses()``: a Lightning callback.
 """
 
-from newton_plugin import testing
+from newton_plugin import functional, testing
 from newton_plugin._curvature.damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.fisher import EmpiricalFisher
@@ -65,6 +65,7 @@ __all__ = [
     "SingularCurvatureError",
     "SoftNormalization",
     "Tikhonov",
+    "functional",
     "newton_loss",
     "newton_step",
     "quadratic_surrogate",

@@ -100,6 +100,14 @@ class Damping(ABC):
         A method with a further argument ``finite`` is told by ``finite=True`` that the scale is known to be finite.
         """
 
+    def initial_state(self, like: Tensor) -> dict[str, Any]:
+        """The state before the first step, in the form of :meth:`state_dict` after it; see ``npl.functional``.
+
+        Args:
+            like: a tensor on the device of the steps, in the dtype of C.
+        """
+        return self.state_dict()
+
     def state_dict(self) -> dict[str, Any]:
         """The running state as plain types and tensors; empty by default."""
         return {}
@@ -181,6 +189,10 @@ class AutoDamping(Damping):
             update = self._slow.update_finite if finite else self._slow.update
             scale = torch.maximum(scale, self.floor * update(scale, _SLOW_DECAY))
         return relative_damping(scale, self.ratio)
+
+    def initial_state(self, like: Tensor) -> dict[str, Any]:
+        """See :meth:`Damping.initial_state`."""
+        return RunningMean.initial_state((), like) if self.averaging.decay and self.floor else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The slow mean of the scale of C."""

@@ -24,6 +24,7 @@ from newton_plugin._curvature.protocol import (
 from newton_plugin._curvature.refresh import KeptCurvature, check_refresh_every
 from newton_plugin._curvature.running_mean import RunningMean
 from newton_plugin._curvature.sizes import mean_is_formed, refuse_beyond
+from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import check_choice
 from newton_plugin._linalg.damped_inverse import push_through
 from newton_plugin._linalg.large_rows import are_large, combine, divide, gram, solve_rows, sum_over_rows
@@ -222,6 +223,23 @@ class EmpiricalFisher(Curvature):
             finiteness=Finiteness(finite, agreed=True, witness=inner),
             sizes=lambda: (products.diagonal()[here].sum(), ((solved @ products) * solved).sum()),
         )
+
+    def initial_state(
+        self, gradient: Tensor, damping: Damping, groups: int = 1, hessians: SampleHessians | None = None
+    ) -> dict[str, Any]:
+        """See :meth:`Curvature.initial_state`."""
+        if not damping.averaging.decay:
+            return {}
+        n, m = gradient.shape
+        groups = groups if self.structure == "block" else 1
+        shape: tuple[int, ...] = ()
+        if self.structure == "diagonal":
+            shape = (m,)
+        elif groups > 1:
+            shape = (groups, m, m)
+        elif self.structure in ("mean", "block") and mean_is_formed(n, m, damping, ONE_PROCESS):
+            shape = (m, m)
+        return RunningMean.initial_state(shape, gradient)
 
     def state_dict(self) -> dict[str, Any]:
         """The running mean of C, and the C that is kept for the next steps."""

@@ -26,13 +26,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from newton_plugin._curvature.batch import Batch
 from newton_plugin._curvature.damping import Damping, damping_for
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.fisher import EmpiricalFisher
-from newton_plugin._curvature.hessian_mean import Knowledge, mean_hessian, summed_hessians
+from newton_plugin._curvature.hessian_mean import Knowledge, mean_hessian, running_shape, summed_hessians
 from newton_plugin._curvature.hessian_per_sample import per_sample_step, probe_samples
 from newton_plugin._curvature.protocol import (
     HVP,
@@ -47,11 +48,12 @@ from newton_plugin._curvature.protocol import (
 from newton_plugin._curvature.refresh import KeptCurvature, check_refresh_every
 from newton_plugin._curvature.running_mean import RunningMean
 from newton_plugin._curvature.sizes import refuse_if_too_large
-from newton_plugin._derivatives.independence import samples_are_independent
+from newton_plugin._derivatives.independence import MOST, coupling, samples_are_independent
 from newton_plugin._derivatives.sample_hessians import HessianUnavailable, SampleHessians
 from newton_plugin._errors import BatchCoupledError, NewtonPluginError, OutputsTooLargeError, check_choice
 from newton_plugin._linalg.krylov import KrylovOptions, check_krylov
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+from newton_plugin._runtime.transforms import readable
 
 __all__ = ["Hessian"]
 
@@ -66,6 +68,7 @@ class _Found:
         probed: what was computed by products, if they are not known otherwise; see :meth:`Hessian._probe`.
         reason: why there are none.
         refusal: what is raised.
+        coupled: whether the loss couples samples, no dimensions, where Python cannot look; see :func:`readable`.
     """
 
     knowledge: Knowledge
@@ -73,6 +76,7 @@ class _Found:
     probed: Tensor | None = None
     reason: str = ""
     refusal: NewtonPluginError | None = None
+    coupled: Tensor | None = None
 
 
 class Hessian(Curvature):
@@ -148,14 +152,19 @@ class Hessian(Curvature):
             return self._fall_back(gradient, damping, reason, ranks, groups, live)
         batch = Batch(gradient, damping, ranks, groups, live=live)
         if self.structure == "per_sample":
-            return per_sample_step(hessians, found.probed, batch, self.power, self.krylov, self._mean)
-        c = mean_hessian(self.structure, worst, hessians, found.probed, batch, self._mean)
-        if c.matrix is None:
-            result = self._fisher.step(gradient, None, damping, ranks, live=live)
-            result.zero_hessian = c.zero
-            return result
-        self._kept.put(c.matrix, damping_for(damping, c.matrix.scale, gradient), c.finite, m, groups)
-        return self._from_kept(gradient, c.zero)
+            result = per_sample_step(hessians, found.probed, batch, self.power, self.krylov, self._mean)
+        else:
+            c = mean_hessian(self.structure, worst, hessians, found.probed, batch, self._mean)
+            if c.matrix is None:
+                result = self._fisher.step(gradient, None, damping, ranks, live=live)
+                result.zero_hessian = c.zero
+                return result
+            self._kept.put(c.matrix, damping_for(damping, c.matrix.scale, gradient), c.finite, m, groups)
+            result = self._from_kept(gradient, c.zero)
+        if found.coupled is not None:  # nobody could raise: the step is not taken
+            finite = result.finiteness.curvature
+            result.finiteness.curvature = ~found.coupled if finite is None else finite & ~found.coupled
+        return result
 
     def _find(self, hvp: HVP | None, gradient: Tensor, damping: Damping, groups: int) -> _Found:
         """Check this rank's Hessians, and take the products that the step needs: both may show that there are none."""
@@ -166,11 +175,14 @@ class Hessian(Curvature):
         hessians = SampleHessians.of(hvp)
         try:
             refuse_if_too_large(hessians, gradient, self.structure, groups, self.krylov)
-            if not self._independent:
+            coupled = None
+            if not readable(gradient):
+                coupled = None if hessians.independent or len(gradient) < 2 else coupling(hessians, gradient) > MOST
+            elif not self._independent:
                 self._independent = hessians.independent or samples_are_independent(hessians, gradient)
             hessians = hessians.to(gradient)
             probed = None if hessians.known else self._probe(hessians, gradient, damping, groups)
-            return _Found(Knowledge.of(hessians, gradient.shape[1]), hessians, probed)
+            return _Found(Knowledge.of(hessians, gradient.shape[1]), hessians, probed, coupled=coupled)
         except HessianUnavailable as error:
             return _Found(Knowledge.NOTHING, reason=str(error))
         except (BatchCoupledError, OutputsTooLargeError) as error:
@@ -194,6 +206,19 @@ class Hessian(Curvature):
         result = self._fisher.step(gradient, None, damping, ranks, groups, live=live)
         result.fallback = reason
         return result
+
+    def initial_state(
+        self, gradient: Tensor, damping: Damping, groups: int = 1, hessians: SampleHessians | None = None
+    ) -> dict[str, Any]:
+        """See :meth:`Curvature.initial_state`."""
+        groups = groups if self.structure == "block" else 1
+        mean = {}
+        if damping.averaging.decay:
+            shape = running_shape(self.structure, gradient, damping, groups, hessians)
+            mean = RunningMean.initial_state(shape, gradient)
+        fisher = self._fisher.initial_state(gradient, damping, groups)
+        no = torch.zeros((), dtype=torch.bool, device=gradient.device)
+        return {"mean": mean, "fisher": fisher, "independent": no}
 
     def state_dict(self) -> dict[str, Any]:
         """The running means of C and of the Fisher that may take its place, and the C that is kept."""

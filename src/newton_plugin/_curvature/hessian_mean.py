@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._curvature.batch import Batch
+from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.fisher import batch_fisher
 from newton_plugin._curvature.protocol import Structure
 from newton_plugin._curvature.running_mean import RunningMean
@@ -31,12 +32,15 @@ from newton_plugin._curvature.sizes import (
     mean_is_formed,
 )
 from newton_plugin._derivatives.sample_hessians import SampleHessians
+from newton_plugin._errors import ArgumentError
 from newton_plugin._linalg.diagonal_low_rank import DiagonalLowRank
 from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
 from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, SymmetricMatrix
-from newton_plugin._linalg.sketch import probes_for, sketch
+from newton_plugin._linalg.sketch import RANK, probes_for, sketch
+from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+from newton_plugin._runtime.transforms import readable
 
-__all__ = ["Knowledge", "MeanHessian", "mean_hessian", "summed_hessians"]
+__all__ = ["Knowledge", "MeanHessian", "mean_hessian", "running_shape", "summed_hessians"]
 
 
 class Knowledge(IntEnum):
@@ -58,8 +62,8 @@ class Knowledge(IntEnum):
         if rank_one.weight is None:
             return Knowledge.DIAGONAL
         # Woodbury's formula needs the square roots of the weights. Where it could be used, a step waits for the device
-        # anyway, so the signs are checked only there.
-        if m > DENSE_FEATURES and bool((rank_one.weight < 0).any()):
+        # anyway, so the signs are checked only there. Unseen, a negative weight gives a NaN, and no step is taken.
+        if m > DENSE_FEATURES and readable(rank_one.weight) and bool((rank_one.weight < 0).any()):
             return Knowledge.BLOCKS
         return Knowledge.RANK_ONE
 
@@ -121,19 +125,56 @@ def mean_hessian(
     """
     gradient = batch.gradient
     n, m = gradient.shape
-    if structure == "mean":
-        rank_one = hessians.diagonal_rank_one
-        if worst == Knowledge.RANK_ONE and not mean_is_formed(n, m, batch.damping, batch.ranks):
-            assert rank_one is not None
-            return _low_rank(rank_one, batch, mean)
-        if worst == Knowledge.DIAGONAL and m > DENSE_FEATURES:
-            return _averaged(hessians.diagonal_sum(gradient), Diagonal, batch, mean)
-        if m > {Knowledge.BLOCKS: FORMED_FROM_BLOCKS, Knowledge.PRODUCTS: FORMED_FROM_PRODUCTS}.get(worst, m):
-            return _sketched(hessians, summed, batch, mean)
+    form = _form(structure, worst, n, m, batch.damping, batch.ranks)
+    if form == "low_rank":
+        assert hessians.diagonal_rank_one is not None
+        return _low_rank(hessians.diagonal_rank_one, batch, mean)
+    if form == "only_diagonal":
+        return _averaged(hessians.diagonal_sum(gradient), Diagonal, batch, mean)
+    if form == "sketch":
+        return _sketched(hessians, summed, batch, mean)
     if summed is None:
         summed = summed_hessians(structure, hessians, gradient, batch.groups)
     kind = {"isotropic": Isotropic, "diagonal": Diagonal}.get(structure, Dense)
     return _averaged(summed, kind, batch, mean)
+
+
+def _form(structure: Structure, worst: Knowledge, n: int, m: int, damping: Damping, ranks: Ranks) -> str:
+    """How C is had: "low_rank", "only_diagonal", "sketch", or "summed" as :func:`summed_hessians` gives it."""
+    if structure == "mean":
+        if worst == Knowledge.RANK_ONE and not mean_is_formed(n, m, damping, ranks):
+            return "low_rank"
+        if worst == Knowledge.DIAGONAL and m > DENSE_FEATURES:
+            return "only_diagonal"
+        if m > {Knowledge.BLOCKS: FORMED_FROM_BLOCKS, Knowledge.PRODUCTS: FORMED_FROM_PRODUCTS}.get(worst, m):
+            return "sketch"
+    return "summed"
+
+
+def running_shape(
+    structure: Structure, gradient: Tensor, damping: Damping, groups: int, hessians: SampleHessians | None
+) -> tuple[int, ...]:
+    """The shape of what :func:`mean_hessian` averages over batches.
+
+    Raises:
+        ArgumentError: it depends on what is known of the Hessians, and nobody says.
+    """
+    n, m = gradient.shape
+    if structure in ("isotropic", "per_sample"):
+        return ()
+    if structure == "diagonal":
+        return (m,)
+    if groups > 1:
+        return (groups, m, m)
+    if structure == "mean" and m > DENSE_FEATURES:
+        if hessians is None:
+            raise ArgumentError(
+                f"init(outputs): with curvature='hessian', structure='mean' and {m} features the form of C depends on "
+                "the loss. Pass its other arguments as well, init(outputs, *args)."
+            )
+        form = _form(structure, Knowledge.of(hessians, m), n, m, damping, ONE_PROCESS)
+        return {"low_rank": (), "only_diagonal": (m,), "sketch": (2 * RANK, m)}.get(form, (m, m))
+    return (m, m)
 
 
 def _averaged(summed: Tensor, kind: type, batch: Batch, mean: RunningMean) -> MeanHessian:
@@ -143,7 +184,7 @@ def _averaged(summed: Tensor, kind: type, batch: Batch, mean: RunningMean) -> Me
     zero = (c == 0).all()
     # One process with a small C forms the Fisher in any case and does not wait for the device. Several ranks wait and
     # look first: the Fisher is another all-reduce. So do large C, whose Fisher is work.
-    look = batch.ranks.many or (c.ndim > 1 and m > DENSE_FEATURES)
+    look = readable(zero) and (batch.ranks.many or (c.ndim > 1 and m > DENSE_FEATURES))
     if not (look and not bool(zero)):
         c = torch.where(zero, batch_fisher(batch, c.ndim), c)
     return MeanHessian(kind(batch.averaged(mean, c)), mean.finite, zero)
@@ -155,6 +196,10 @@ def _sketched(hessians: SampleHessians, summed: Tensor | None, batch: Batch, mea
     summed = hessians.probe_sum(batch.gradient, probes) if summed is None else summed
     products = batch.ranks.mean(summed, batch.samples)
     zero = (products == 0).all()
+    if not readable(zero):  # nobody can turn to Fisher: where H is zero, the step is not taken
+        c = sketch(probes, batch.averaged(mean, products))
+        finite = mean.finite
+        return MeanHessian(c, ~zero if finite is None else finite & ~zero, zero)
     if bool(zero):
         return MeanHessian(None, None, zero)
     return MeanHessian(sketch(probes, batch.averaged(mean, products)), mean.finite, zero)
@@ -171,7 +216,10 @@ def _low_rank(rank_one: DiagonalRankOne, batch: Batch, mean: RunningMean) -> Mea
     finite = torch.isfinite(diagonal).all() & torch.isfinite(norms).all()
     zero = (diagonal == 0).all() & (norms == 0).all()
     factor = diagonal.new_full((), -1.0)
-    if bool(zero):  # the batch's Fisher takes its place
+    if not readable(zero):
+        rows, weight = torch.where(zero, batch.gradient, rows), torch.where(zero, 1.0, weight)
+        factor = torch.where(zero, -factor, factor)
+    elif bool(zero):  # the batch's Fisher takes its place
         rows, weight, factor = ranks.rows(batch.gradient)[0], torch.ones_like(weight), -factor
     samples = len(rows) if batch.live is None else ranks.sum(batch.live)
     c = DiagonalLowRank(diagonal, rows, (weight / samples).sqrt(), factor)

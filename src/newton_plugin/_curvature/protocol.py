@@ -40,7 +40,7 @@ from torch import Tensor
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.overriding import arguments_of, holds
-from newton_plugin._derivatives.sample_hessians import HVP
+from newton_plugin._derivatives.sample_hessians import HVP, SampleHessians
 from newton_plugin._errors import ShapeError, check_choice
 
 __all__ = [
@@ -157,6 +157,23 @@ class Curvature(ABC):
     def streams(self, gradient: Tensor) -> bool:
         """Whether the next step takes these rows in their own dtype, with their weight; see :meth:`step`."""
         return False
+
+    def initial_state(
+        self,
+        gradient: Tensor,
+        damping: Damping,
+        groups: int = 1,
+        hessians: SampleHessians | None = None,
+    ) -> dict[str, Any]:
+        """The state before the first step, in the form of :meth:`state_dict` after it; see ``npl.functional``.
+
+        Args:
+            gradient: rows like those of the steps, (N, m); only shape, dtype and device matter.
+            damping: the rule for the damping.
+            groups: rows of one sample.
+            hessians: those of a batch, where the form of the state depends on what is known of them.
+        """
+        return self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """The running state as plain types and tensors; empty by default."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from newton_plugin._errors import ArgumentError
 from newton_plugin._runtime.cuda_graphs import capturing, carried
 
 __all__ = ["RunningMean"]
@@ -103,6 +103,11 @@ class RunningMean:
             self._count = None if self._count is None else self._count.to(value)
         return self._mean, self._count
 
+    @staticmethod
+    def initial_state(shape: Sequence[int], like: Tensor) -> dict[str, Tensor]:
+        """The state of a mean of this shape before the first value: zeros of count 0, in the dtype of ``like``."""
+        return {"mean": like.new_zeros(tuple(shape)), "count": like.new_zeros(())}
+
     def state_dict(self) -> dict[str, Any]:
         """Mean and count as plain tensors; empty before the first value."""
         if self._mean is None:
@@ -112,18 +117,13 @@ class RunningMean:
         return {"mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave.
+        """Restore what :meth:`state_dict` gave. A mean of count 0 is none yet: the first value takes its place.
 
         Raises:
-            ArgumentError: a mean that is not finite, which :meth:`update` never makes.
             TypeError: a state of something else.
         """
         mean, count = state.get("mean"), state.get("count")
         if not isinstance(mean, Tensor | None) or not isinstance(count, Tensor | None):
             raise TypeError("the state of a running mean holds two tensors")
-        if mean is not None and not bool(torch.isfinite(mean).all()):
-            raise ArgumentError(
-                "state holds a running mean that is not finite, which every later step would have. Begin without it."
-            )
         self._mean, self._count, self._norm = mean, count, None
         self._in_place = False

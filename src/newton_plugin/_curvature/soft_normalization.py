@@ -10,6 +10,7 @@ from newton_plugin._curvature.damping import AutoDamping, BatchRelative, Damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
 from newton_plugin._curvature.protocol import HVP, CurvatureStep
 from newton_plugin._curvature.running_mean import RunningMean
+from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import check_positive
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
@@ -53,6 +54,14 @@ class SoftNormalization(EmpiricalFisher):
 
     def _own(self, damping: Damping, features: int) -> Damping:
         return BatchRelative(self.c * features, self._slow) if isinstance(damping, AutoDamping) else damping
+
+    def initial_state(
+        self, gradient: Tensor, damping: Damping, groups: int = 1, hessians: SampleHessians | None = None
+    ) -> dict[str, Any]:
+        """See :meth:`Curvature.initial_state`."""
+        own = self._own(damping, gradient.shape[1])
+        state = super().initial_state(gradient, own)
+        return state if own is damping else state | {"slow": RunningMean.initial_state((), gradient)}
 
     def state_dict(self) -> dict[str, Any]:
         """The slow mean of ``|g|^2``."""

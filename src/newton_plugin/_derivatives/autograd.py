@@ -24,6 +24,7 @@ __all__ = [
     "first_line",
     "loss_gradients",
     "own_parts",
+    "seed_of",
 ]
 
 Scaling = Literal["mean", "sum", "per_row"]
@@ -83,9 +84,7 @@ def loss_gradients(
         SinglePassError: the backward that torch.compile has made can run once, and the user needs it. Nothing has been
             computed then, and the graph is as it was.
     """
-    seed = max(samples) if scaling == "mean" else 1
-    if loss.dtype in (torch.float16, torch.bfloat16):
-        seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
+    seed = seed_of(loss.dtype, samples, scaling)
     cause = ""
     try:
         passed = _differentiate(loss, seed, boundaries, observed, twice)
@@ -108,6 +107,14 @@ def loss_gradients(
         if arrived is not None and factor != 1:
             upstream[k] = arrived * factor
     return Gradients(gradients, upstream, passed.sent, seed, cause)
+
+
+def seed_of(dtype: torch.dtype, samples: Sequence[int], scaling: Scaling) -> int:
+    """With which gradient a pass over a loss of this dtype begins; see :func:`loss_gradients`."""
+    seed = max(samples) if scaling == "mean" else 1
+    if dtype in (torch.float16, torch.bfloat16):
+        seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
+    return seed
 
 
 def own_parts(

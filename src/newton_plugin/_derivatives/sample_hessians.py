@@ -104,6 +104,19 @@ class SampleHessians:
             return SampleHessians(products, blocks=lambda: torch.cat([make() for make in blocks]), independent=True)
         return SampleHessians(products, independent=all(part.independent for part in parts))
 
+    def times(self, factor: Tensor | None) -> SampleHessians:
+        """The same times a factor without dimensions; None: 1."""
+        if factor is None:
+            return self
+        if self.diagonal_rank_one is not None:
+            return SampleHessians.of_rank_one(self.diagonal_rank_one.times(factor))
+        blocks = self.blocks
+        if blocks is not None:
+            return SampleHessians.of_blocks(lambda: blocks() * factor)
+        return SampleHessians(
+            lambda v: self.products(v) * factor.to(v), independent=self.independent, elements=self.elements
+        )
+
     @property
     def known(self) -> bool:
         """Whether no probe is needed."""

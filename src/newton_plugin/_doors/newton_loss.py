@@ -7,7 +7,6 @@ no boundary has to be searched for.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -30,9 +29,10 @@ from newton_plugin._boundary.beside import beside
 from newton_plugin._boundary.owner import owner_of
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
+from newton_plugin._doors.arguments import argument, check_outputs, name_of, replaced
 from newton_plugin._doors.diagnostics import diagnostics
 from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
-from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryError, NoGradientError
+from newton_plugin._errors import ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.rule import OnNonfinite, StepRule
@@ -82,7 +82,7 @@ class NewtonLoss(nn.Module):
             raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
         self.loss_fn = loss_fn
         self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
-        self._outputs = _check_outputs(outputs)
+        self._outputs = check_outputs(outputs)
         self._rules: dict[str, StepRule] = {}
         self._used: list[StepRule] = []
         self._names = LayerNames()
@@ -107,7 +107,7 @@ class NewtonLoss(nn.Module):
             if y.retains_grad or y._backward_hooks:
                 # Hooks of y belong to the network: they shall see what enters it, not our own passes over the loss.
                 named[name] = y.clone()
-                args, kwargs = _replaced(args, kwargs, y, named[name])
+                args, kwargs = replaced(args, kwargs, y, named[name])
         edges = {name: edge_of(y) for name, y in named.items()}
         arguments = {edge_of(tensor) for tensor in _differentiable(args, kwargs)}
         self._report_others(arguments - set(edges.values()))
@@ -141,7 +141,7 @@ class NewtonLoss(nn.Module):
 
     @property
     def _loss_name(self) -> str:
-        return getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        return name_of(self.loss_fn)
 
     def _keys_of(self, boundaries: Sequence[Boundary]) -> list[str]:
         """Which running state each argument has: that of the layer that made it. Calls of one layer share theirs."""
@@ -180,7 +180,7 @@ class NewtonLoss(nn.Module):
         Raises:
             ArgumentError, ArgumentTypeError, NoGradientError: no such argument; not a tensor; it does not require grad.
         """
-        y = self._argument(which, args, kwargs)
+        y = argument(self.loss_fn, which, args, kwargs)
         if not isinstance(y, Tensor):
             raise ArgumentTypeError(
                 f"outputs={which!r} of {self._loss_name} must be a torch.Tensor; got {type(y).__name__}. Say "
@@ -193,22 +193,6 @@ class NewtonLoss(nn.Module):
                 "torch.no_grad() or in eval() mode."
             )
         return y
-
-    def _argument(self, which: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(which, str) and which in kwargs:
-            return kwargs[which]
-        if isinstance(which, int) and which < len(args):
-            return args[which]
-        function = self.loss_fn.forward if isinstance(self.loss_fn, nn.Module) else self.loss_fn
-        try:
-            names = list(inspect.signature(function).parameters)
-            name = names[which] if isinstance(which, int) else which
-            return kwargs[name] if name in kwargs else args[names.index(name)]
-        except (IndexError, KeyError, TypeError, ValueError):
-            given = f"{len(args)} positional arguments and {sorted(kwargs)}"
-            raise ArgumentError(
-                f"outputs={which!r} names no argument in this call of {self._loss_name}; it was given {given}."
-            ) from None
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """A decorated method: each object has a running state of its own, kept here and not on the object."""
@@ -272,26 +256,6 @@ def newton_loss(
         sync=sync,
     )
     return wrap if loss_fn is None else wrap(loss_fn)
-
-
-def _check_outputs(outputs: Any) -> tuple[int | str, ...]:
-    listed: tuple[Any, ...] = (outputs,)
-    if isinstance(outputs, Sequence) and not isinstance(outputs, str):
-        listed = tuple(outputs)
-    for which in listed:
-        if isinstance(which, bool) or not isinstance(which, (int, str)):
-            raise ArgumentTypeError(
-                f"outputs must be a position, an argument's name, or several of them; got {outputs!r}."
-            )
-        if isinstance(which, int) and which < 0:
-            raise ArgumentError(f"outputs must count from 0; got {outputs!r}.")
-    if not listed:
-        raise ArgumentError("outputs must name at least one argument; got none.")
-    return listed
-
-
-def _replaced(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(new if a is old else a for a in args), {k: new if a is old else a for k, a in kwargs.items()}
 
 
 def _differentiable(args: Any, kwargs: Any) -> list[Tensor]:

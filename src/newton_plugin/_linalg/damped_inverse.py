@@ -24,6 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from newton_plugin._runtime.transforms import readable
+
 __all__ = [
     "Inverse",
     "definite_inverse",
@@ -102,8 +104,11 @@ def repaired_inverse(matrix: Tensor, damping: Tensor) -> Inverse:
     """``(C + d I)^-1``; with ``|eigenvalues| + d`` for the matrices whose Cholesky fails.
 
     On an accelerator it costs one host synchronisation (did any factorisation fail?), far less than
-    an eigendecomposition of everything.
+    an eigendecomposition of everything. Under ``vmap`` and ``torch.compile`` nobody can ask, and everything is
+    decomposed.
     """
+    if not readable(matrix):
+        return spectral_inverse(matrix, damping, 1.0)
     factor, info = torch.linalg.cholesky_ex(_shifted(matrix, damping))
     if not bool(info.any() if info.ndim else info):
         return _by_factor(factor)

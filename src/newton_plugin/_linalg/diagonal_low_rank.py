@@ -20,8 +20,11 @@ from torch import Tensor
 from newton_plugin._linalg.damped_inverse import Inverse, finite_or_identity, identity_rows, spectral_inverse
 from newton_plugin._linalg.diagonal_rank_one import REPAIR_FEATURES
 from newton_plugin._linalg.sketch import Sketch, probes_for, sketch
+from newton_plugin._runtime.transforms import readable
 
 __all__ = ["DiagonalLowRank"]
+
+_UNSEEN_FEATURES = 256  # up to here C is decomposed where Python cannot see whether it has to be
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,14 @@ class DiagonalLowRank:
         shifted = self.diagonal + damping
         scaled = self.rows / shifted  # P E^-1
         system = self.factor * self._between(scaled @ self.rows.mT)
-        system.diagonal().add_(1)
+        system = system + identity_rows(system)
         factor, info = torch.linalg.cholesky_ex(system)
-        if not bool((info == 0) & (shifted > 0).all()):  # waits for the device, as every repair does
+        definite = (info == 0) & (shifted > 0).all()
+        if not readable(definite):
+            if len(shifted) <= _UNSEEN_FEATURES:
+                return self._spectral(damping, 1.0)
+            factor = factor.masked_fill(~definite, torch.nan)  # and the step is not taken
+        elif not bool(definite):  # waits for the device, as every repair does
             if not bool(torch.isfinite(system).all() & torch.isfinite(self.diagonal).all()):
                 return lambda g: torch.full_like(g, torch.nan)
             return self._spectral(damping, 1.0)

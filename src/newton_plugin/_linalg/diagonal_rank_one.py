@@ -20,10 +20,12 @@ from torch import Tensor
 from newton_plugin._linalg.damped_inverse import shifted_eigenvalues, spectral_inverse
 from newton_plugin._linalg.krylov import KrylovOptions, lockstep_power
 from newton_plugin._linalg.sketch import random_signs
+from newton_plugin._runtime.transforms import readable
 
 __all__ = ["REPAIR_FEATURES", "DiagonalRankOne"]
 
 REPAIR_FEATURES = 1024  # up to here a repair may form its matrix: 8 MiB in float64
+_UNSEEN_FEATURES = 64  # up to here every sample is repaired where Python cannot see which of them have to be
 _REPAIR_ELEMENTS = 2**25  # of the matrices of all samples that are repaired, 256 MiB
 _CACHE_ELEMENTS = 2**15  # of the rows that are worked on at once on a CPU, 256 KiB: three times as fast
 
@@ -56,6 +58,13 @@ class DiagonalRankOne:
         if self.weight is None or self.vector is None:
             return DiagonalRankOne(diagonal)
         return DiagonalRankOne(diagonal, self.weight.to(rows), self.vector.to(rows))
+
+    def times(self, factor: Tensor) -> DiagonalRankOne:
+        """The same times a factor without dimensions."""
+        factor = factor.to(self.diagonal.dtype)
+        return DiagonalRankOne(
+            self.diagonal * factor, None if self.weight is None else self.weight * factor, self.vector
+        )
 
     @staticmethod
     def joined(parts: Sequence[DiagonalRankOne]) -> DiagonalRankOne:
@@ -114,6 +123,10 @@ class DiagonalRankOne:
         inner = self.weight * torch.linalg.vecdot(solved, self.vector) / denominator
         solved.addcmul_(inner.unsqueeze(-1), scaled)
         indefinite = (denominator <= 0) | (shifted.amin(-1) <= 0)
+        if not readable(indefinite):
+            if gradient.shape[1] > _UNSEEN_FEATURES:  # a NaN, and the step is not taken
+                return solved.masked_fill(indefinite.unsqueeze(-1), torch.nan)
+            return torch.where(indefinite.unsqueeze(-1), self._repaired(gradient, damping, power), solved)
         if bool(indefinite.any()):  # waits for the device, as every repair does
             part = DiagonalRankOne(self.diagonal[indefinite], self.weight[indefinite], self.vector[indefinite])
             solved[indefinite] = part._repaired(gradient[indefinite], damping, power)

@@ -48,10 +48,12 @@ import torch
 from torch import Tensor
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
+from newton_plugin._runtime.transforms import readable
 
 __all__ = ["KrylovOptions", "KrylovStep", "check_krylov", "lockstep_power"]
 
-# Rounds after which the residuals are checked. Each check waits for the device, and costs N small eigenproblems.
+# Rounds after which the residuals are checked. Each check waits for the device, and costs N small eigenproblems. Where
+# Python cannot look (vmap, torch.compile) all rounds are taken.
 _CHECKS = frozenset((4, 6, 8, 12, 16, 24)) | frozenset(range(32, 4096, 32))
 _FEW_ROUNDS = 16  # up to so many rounds in all, a new vector is orthogonalised against the first one alone
 _TRUSTED_ROUNDS = 8  # and in longer solves for so many; then against all
@@ -132,7 +134,7 @@ def lockstep_power(
         # When the space is exhausted only rounding is left: stop, or V would get noise of unit length.
         beta = torch.where(beta > 1e-14 * largest, beta, 0.0)
         diagonal.append(alpha)
-        if k == most or k in _CHECKS:
+        if k == most or (k in _CHECKS and readable(beta)):
             weights, values = _weights(diagonal, coupling, damping, power)
             weights = weights * size.unsqueeze(-1)
             residual = beta * weights[:, -1].abs()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._linalg.damped_inverse import Inverse, working_dtype
+from newton_plugin._runtime.transforms import readable
 
 __all__ = ["are_large", "combine", "divide", "gram", "inner_products", "solve_rows", "squared_norms", "sum_over_rows"]
 
@@ -28,8 +29,8 @@ _GRAM_BLOCKS = 4  # per side of a Gram matrix; blocks above the diagonal are not
 
 
 def are_large(rows: Tensor) -> bool:
-    """Whether rows (N, m) are worked on in parts."""
-    return rows.numel() >= _LARGE
+    """Whether rows (N, m) are worked on in parts. Not under ``vmap``, whose members are one tensor, nor compiled."""
+    return rows.numel() >= _LARGE and readable(rows)
 
 
 def _parts(length: int, width: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:

@@ -22,12 +22,13 @@ exactly that of the running mean of C.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from newton_plugin._errors import OutputsTooLargeError
 from newton_plugin._linalg.damped_inverse import Inverse
+from newton_plugin._runtime.transforms import outside_transforms
 
 __all__ = ["RANK", "Sketch", "probes_for", "random_signs", "sketch", "sketch_of_rows"]
 
@@ -71,8 +72,16 @@ class Sketch:
 
 def random_signs(shape: tuple[int, ...], like: Tensor, seed: int = 0) -> Tensor:
     """+1 and -1, the same at every call on one kind of device; the user's random state is not touched."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randint(2, shape, generator=generator, device=like.device).to(like).mul_(2).sub_(1)
+    if torch.compiler.is_compiling():
+        raise OutputsTooLargeError(
+            "outputs of so many features need random probes for their Hessian, which torch.compile cannot follow. Use "
+            "curvature='fisher' or 'norm', name fewer features by feature_dims, or take the step outside of what is "
+            "compiled."
+        )
+    with outside_transforms():
+        generator = torch.Generator(like.device).manual_seed(seed)
+        signs = torch.randint(2, shape, generator=generator, device=like.device)
+    return signs.to(like) * 2 - 1
 
 
 def probes_for(like: Tensor, rank: int = RANK) -> Tensor:
@@ -82,13 +91,12 @@ def probes_for(like: Tensor, rank: int = RANK) -> Tensor:
     different numbers from one seed. W is kept so that no step waits for the copy.
     """
     key = (2 * rank, like.shape[-1], like.dtype, like.device)
-    if type(like) is not Tensor:  # a tracer's tensor: what is made from it must not be kept
+    if torch.compiler.is_compiling() or type(like) is not Tensor:  # what is made from a tracer's tensor is not kept
         return _draw(*key)
     probes = _PROBES.get(key)
     if probes is None:
         probes = _draw(*key)
-        functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
-        if type(probes) is Tensor and not functorch.is_functorch_wrapped_tensor(probes):
+        if type(probes) is Tensor:
             while len(_PROBES) >= _MOST_PROBES:
                 del _PROBES[next(iter(_PROBES))]  # the oldest
             _PROBES[key] = probes
@@ -96,7 +104,8 @@ def probes_for(like: Tensor, rank: int = RANK) -> Tensor:
 
 
 def _draw(count: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # an inference tensor could not be used in a later step that is differentiated
+    # An inference tensor could not be used in a later step that is differentiated.
+    with torch.inference_mode(False), outside_transforms():
         return random_signs((count, m), torch.empty(0, dtype=dtype, device="cpu")).to(device)
 
 

@@ -8,17 +8,35 @@ capture on, therefore, steps write the new state into the old tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from newton_plugin._errors import CaptureError
 
-__all__ = ["capturing", "carried", "refuse_in_a_capture"]
+__all__ = ["callers_state", "capturing", "carried", "refuse_in_a_capture"]
+
+_CALLERS_STATE: ContextVar[bool] = ContextVar("callers_state", default=False)
+
+
+@contextmanager
+def callers_state() -> Iterator[None]:
+    """Inside, running states are the caller's arguments and results: a captured step does not write into them."""
+    token = _CALLERS_STATE.set(True)
+    try:
+        yield
+    finally:
+        _CALLERS_STATE.reset(token)
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether operations on ``tensor`` are being recorded in a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    """Whether operations on ``tensor`` are being recorded in a CUDA graph that has to find its running states again."""
+    if torch.compiler.is_compiling() or not tensor.is_cuda or _CALLERS_STATE.get():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def carried(old: Tensor | None, new: Tensor, in_place: bool) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,17 +16,14 @@ from newton_plugin._derivatives.products import hessian_products
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._linalg.large_rows import inner_products, squared_norms
 from newton_plugin._runtime.processes import Ranks, current_ranks
 from newton_plugin._step.ends import Ends
+from newton_plugin._step.one_layer import step_of_layer
 from newton_plugin._step.rule import StepRule
-from newton_plugin._step.senders import all_if_none
 from newton_plugin._step.settings import RuleSettings
-from newton_plugin._step.size import size_of
+from newton_plugin._step.size import gain_sums, size_of
 
-__all__ = ["HALF", "BoundaryStep", "ComputedSteps", "compute_steps", "take_steps"]
-
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["BoundaryStep", "ComputedSteps", "compute_steps", "take_steps"]
 
 
 @dataclass
@@ -114,31 +110,17 @@ def _steps_of_layer(
     layouts = [ends.layouts[k] for k in numbers]
     own = [layout.to_rows(found.gradients[k].detach()) for k, layout in zip(numbers, layouts, strict=True)]
     batch = own[0] if len(own) == 1 else torch.cat(own)
-    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-    if not len(batch) and not ranks.many:
-        return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, own, strict=True)]
-    counted = batch.any(-1).sum()
-    live = all_if_none(counted, len(batch))
-    share = None  # of the rows: a mean over N rows is one over the live rows alone
-    if scaling == "mean" and len(batch):
-        if batch.dtype in HALF:
-            batch = batch.to(working_dtype(batch.device))
-        share = live.to(batch.dtype) / len(batch)
-        batch = batch * share
-    hessians = None
-    if source == "products":
-        gradients, boundaries = [found.gradients[k] for k in numbers], [ends.boundaries[k] for k in numbers]
-        hessians = hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
-    elif source is not None:
-        hessians = _closed_forms(numbers, found, ends, share)
-    # A rank whose rows are all ignored counts as none in the mean over the ranks.
-    result = rule(batch, hessians, ranks, layouts[0].groups, live=counted if ranks.many else live)
-    assert result.finiteness.taken is not None
-    step = torch.where(result.finiteness.taken, result.step, batch)
+
+    def hessians_of(share: Tensor | None) -> SampleHessians | None:
+        if source == "products":
+            gradients, boundaries = [found.gradients[k] for k in numbers], [ends.boundaries[k] for k in numbers]
+            return hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
+        return None if source is None else _closed_forms(numbers, found, ends, share)
+
+    taken = step_of_layer(rule, batch, scaling, hessians_of, ranks, layouts[0].groups)
     sizes = [layout.rows for layout in layouts]
-    parts = zip(layouts, batch.split(sizes), step.split(sizes), strict=True)
-    verdict = result.finiteness.taken
-    return [BoundaryStep(layout, rows, taken, live, verdict) for layout, rows, taken in parts]
+    parts = zip(layouts, taken.gradient.split(sizes), taken.step.split(sizes), strict=True)
+    return [BoundaryStep(layout, rows, step, taken.live, taken.taken) for layout, rows, step in parts]
 
 
 def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: Tensor | None) -> SampleHessians | None:
@@ -161,14 +143,10 @@ def _in_one_size(steps: list[BoundaryStep], ends: Ends, ranks: Ranks) -> Tensor:
     gains, features, verdicts = [], [], []
     for numbers in ends.calls:
         rule, own = ends.rules[numbers[0]], [steps[k] for k in numbers]
-        pairs = [(s.gradient.to(s.step.dtype), s.step) for s in own]
-        along = torch.stack([inner_products(g, step).sum() for g, step in pairs]).sum()
-        squares = torch.stack([squared_norms(g).sum() for g, _ in pairs]).sum()
-        sums = torch.stack([along, squares])
         verdict = own[0].taken
         if verdict is not None:
             verdicts.append(verdict)
-            sums = torch.where(verdict, sums, math.nan)  # a gradient that was kept says nothing about the rule
+        sums = gain_sums([(s.gradient, s.step) for s in own], verdict)
         means = ranks.mean(sums, own[0].live)
         gains.append(rule.gain.update(means[0], means[1]))
         features.append(own[0].layout.features)

@@ -28,8 +28,9 @@ from newton_plugin._derivatives.closed_forms import ClosedForm
 from newton_plugin._derivatives.products import no_second_pass
 from newton_plugin._runtime.cuda_graphs import capturing
 from newton_plugin._runtime.processes import current_ranks
-from newton_plugin._step.compute import HALF, compute_steps
+from newton_plugin._step.compute import compute_steps
 from newton_plugin._step.ends import Ends
+from newton_plugin._step.one_layer import HALF
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward
 from newton_plugin._step.settings import RuleSettings

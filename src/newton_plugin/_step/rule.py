@@ -13,6 +13,7 @@ from torch import Tensor
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
 from newton_plugin._derivatives.products import Probing
+from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
@@ -42,6 +43,8 @@ class StepRule:
         last_gradient: its rows, where ``last.sizes`` does not say how large they were.
         last_weight: their weight, where the rows were streamed.
         last_factor: what the last step was multiplied by before it was sent; None: by nothing.
+        explicit: whether the running state is an argument and a result of the step (:meth:`restore`, :meth:`tensors`).
+            The rule then changes none of these tensors, and warns of nothing that only their numbers show.
     """
 
     curvature: Curvature
@@ -53,6 +56,7 @@ class StepRule:
     last_gradient: Tensor | None = None
     last_weight: Tensor | None = None
     last_factor: Tensor | None = None
+    explicit: bool = False
     _structural_fallbacks: int = 0
     _gradients_not_stepped: Tensor | None = None
     _zero_hessians: Tensor | None = None
@@ -179,13 +183,14 @@ class StepRule:
         )
 
     def _count(self, taken: Tensor, result: CurvatureStep) -> None:
-        self._gradients_not_stepped = _counted(self._gradients_not_stepped, ~taken)
+        in_place = not self.explicit
+        self._gradients_not_stepped = _counted(self._gradients_not_stepped, ~taken, in_place)
         if result.fallback:
             self._structural_fallbacks += 1
             self._report(result.fallback)
         elif result.zero_hessian is not None:
-            self._zero_hessians = _counted(self._zero_hessians, result.zero_hessian)
-            if self._zero_hessians.device.type == "cpu":  # elsewhere a look would wait for the device
+            self._zero_hessians = _counted(self._zero_hessians, result.zero_hessian, in_place)
+            if in_place and self._zero_hessians.device.type == "cpu":  # elsewhere a look would wait for the device
                 self._report_zero()
 
     def _report_zero(self) -> None:
@@ -221,8 +226,50 @@ class StepRule:
             "zero": _copy(self._zero_hessians),
         }
 
-    def _check_state(self, state: dict[str, Any]) -> None:
-        """Load into copies first: what fails there would fail later, at a step."""
+    def initial_state(
+        self, gradient: Tensor, groups: int = 1, hessians: SampleHessians | None = None
+    ) -> dict[str, Any]:
+        """The running state before the first step, as :meth:`tensors` gives it after one.
+
+        Args:
+            gradient: rows like those of the steps; only shape, dtype and device matter.
+            groups: rows of one sample.
+            hessians: of a batch; see :meth:`Curvature.initial_state`.
+        """
+        like = gradient.new_zeros(gradient.shape, dtype=working_dtype(gradient.device))
+        count = torch.zeros((), dtype=torch.int64, device=gradient.device)
+        return {
+            "curvature": self.curvature.initial_state(like, self.damping, groups, hessians),
+            "damping": self.damping.initial_state(like),
+            "gain": {"last": like.new_zeros(())} if self.relative else {},
+            "kept": count,
+            "zero": count.clone(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`tensors`, or from :meth:`initial_state`. Nothing is checked and nothing is copied."""
+        self.curvature.load_state_dict(state["curvature"])
+        self.damping.load_state_dict(state["damping"])
+        self.gain.load_state_dict(state["gain"])
+        self._gradients_not_stepped, self._zero_hessians = state["kept"], state["zero"]
+        self.explicit = True
+
+    def tensors(self) -> dict[str, Any]:
+        """The running state as tensors in dictionaries: what :meth:`restore` takes."""
+        return {
+            "curvature": self.curvature.state_dict(),
+            "damping": self.damping.state_dict(),
+            "gain": self.gain.state_dict(),
+            "kept": self._gradients_not_stepped,
+            "zero": self._zero_hessians,
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Load into copies first: what fails there would fail later, at a step.
+
+        Raises:
+            ArgumentError: see :meth:`load_state_dict`.
+        """
         for kind, rule in (("curvature", self.curvature), ("damping", self.damping)):
             trial = copy.deepcopy(rule)
             try:
@@ -235,6 +282,11 @@ class StepRule:
                     f"state was not saved with {kind}={rule!r}: its entries are others. Load a state with the settings "
                     "that it was saved with, or begin without it."
                 )
+            if not _means_are_finite(state[kind]):
+                raise ArgumentError(
+                    "state holds a running mean that is not finite, which every later step would have. Begin without "
+                    "it."
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
@@ -242,7 +294,7 @@ class StepRule:
         Raises:
             ArgumentError: a state of another curvature or damping, or one that is not finite. Nothing is changed.
         """
-        self._check_state(state)
+        self.check_state(state)
         self.curvature.load_state_dict(state["curvature"])
         self.damping.load_state_dict(state["damping"])
         self.gain.load_state_dict(state.get("gain", {}))
@@ -250,11 +302,20 @@ class StepRule:
         self._gradients_not_stepped, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 
 
-def _counted(count: Tensor | None, more: Tensor) -> Tensor:
+def _counted(count: Tensor | None, more: Tensor, in_place: bool) -> Tensor:
     """A count on the device, with one more where ``more`` is true."""
     if count is None:
         return more.to(torch.int64)
-    return count.to(more.device).add_(more)  # in place: the replays of a CUDA graph go on counting
+    count = count.to(more.device)
+    return count.add_(more) if in_place else count + more  # in place, the replays of a CUDA graph go on counting
+
+
+def _means_are_finite(state: dict[str, Any]) -> bool:
+    """Whether every running mean in a state is finite, which :class:`RunningMean` always is."""
+    mean = state.get("mean")
+    if isinstance(mean, Tensor) and not bool(torch.isfinite(mean).all()):
+        return False
+    return all(_means_are_finite(part) for part in state.values() if isinstance(part, dict))
 
 
 def _copy(count: Tensor | None) -> Tensor | None:

@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Gain", "size_of"]
+from newton_plugin._linalg.large_rows import inner_products, squared_norms
+
+__all__ = ["Gain", "gain_sums", "size_of"]
 
 
 class Gain:
@@ -57,6 +59,21 @@ class Gain:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self._last = state.get("last")
+
+
+def gain_sums(pairs: Sequence[tuple[Tensor, Tensor]], taken: Tensor | None) -> Tensor:
+    """``sum g_i' step_i`` and ``sum |g_i|^2`` of one rule, (2,); NaN where its step was not taken.
+
+    Args:
+        pairs: gradients and steps, rows (N, m), of each call of the layer.
+        taken: whether the step was taken; None: there is nothing to take.
+    """
+    pairs = [(g.to(step.dtype), step) for g, step in pairs]
+    along = torch.stack([inner_products(g, step).sum() for g, step in pairs]).sum()
+    squares = torch.stack([squared_norms(g).sum() for g, _ in pairs]).sum()
+    sums = torch.stack([along, squares])
+    # A gradient that was kept says nothing about the rule.
+    return sums if taken is None else torch.where(taken, sums, torch.nan)
 
 
 def size_of(gains: Sequence[Tensor], features: Sequence[int], power: float) -> tuple[Tensor, list[Tensor | None]]:

@@ -1,0 +1,133 @@
+"""A loss whose value is the user's, and whose derivative is the step: what the pure engine returns.
+
+Around the outputs y it is ``loss + w (step' d + 1/2 |d|^2)`` with ``d = y - stop(y)``, the quadratic surrogate
+``w/2 ||y - z*||^2`` up to a constant. Its value is the loss, its gradient ``w step``, its second derivative ``w I``.
+All else that the loss can reach keeps the loss's own derivatives, times the size of the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newton_plugin._boundary.rows import RowLayout
+
+__all__ = ["attach_step", "in_size"]
+
+
+def attach_step(loss: Tensor, outputs: Tensor, step: Tensor, weight: Tensor | None, layout: RowLayout) -> Tensor:
+    """``loss``, whose derivative by ``outputs`` is ``weight * step`` more than it was.
+
+    Args:
+        loss: one number, or one for each row.
+        outputs: y.
+        step: rows (N, m), without a graph.
+        weight: of a sample in the loss, no dimensions; None: the loss has one number for each row.
+        layout: between the outputs and their rows.
+    """
+    weight = step.new_ones(()) if weight is None else weight.to(step.dtype)
+    per_row = loss.ndim > 0 and loss.numel() == layout.rows and layout.rows > 1
+    if torch.compiler.is_compiling():  # which follows no Function that has a rule for forward mode
+        return _written_out(loss, outputs, step, weight, layout, per_row)
+    return _Attach.apply(loss, outputs, step, weight, layout, per_row)  # type: ignore[no-any-return]
+
+
+def in_size(loss: Tensor, size: Tensor) -> Tensor:
+    """``loss``, whose derivatives are multiplied by ``size``."""
+    if torch.compiler.is_compiling():
+        stopped = loss.detach()
+        moved = (loss - stopped).to(size.dtype) * size
+        return torch.where(torch.isfinite(stopped), stopped + moved.to(loss.dtype), loss)
+    return _InSize.apply(loss, size)  # type: ignore[no-any-return]
+
+
+def _written_out(
+    loss: Tensor, outputs: Tensor, step: Tensor, weight: Tensor, layout: RowLayout, per_row: bool
+) -> Tensor:
+    """The surrogate in operations of torch. No 0 times infinity may reach the value."""
+    moved = outputs - outputs.detach()
+    moved = torch.where(torch.isfinite(outputs), moved, 0.0)  # -inf is a logit that is masked
+    rows = layout.to_rows(moved).to(step.dtype)
+    finite = torch.isfinite(step)
+    # A step that is not finite is the gradient, which a GradScaler has to see: the slope of a square root at 0.
+    infinite = torch.where(finite, 1.0, rows).sqrt()
+    surrogate = torch.where(finite, step, 0.0) * rows + rows.square() / 2 + (infinite - infinite.detach())
+    total = surrogate.sum(-1).reshape(loss.shape) if per_row else surrogate.sum() * weight
+    return loss + total.to(loss.dtype)
+
+
+class _Attach(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, outputs, step, weight, ctx.layout, ctx.per_row = inputs
+        ctx.save_for_backward(outputs, step, weight)
+        ctx.save_for_forward(outputs, step, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        outputs, step, weight = ctx.saved_tensors
+        held = _Held.apply(step, outputs, ctx.layout) if torch.is_grad_enabled() else step
+        scale = gradient.to(step.dtype) * weight
+        sent = ctx.layout.from_rows((scale.reshape(-1, 1) if ctx.per_row else scale.reshape(())) * held)
+        return gradient, sent.to(outputs.dtype), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, loss: Tensor, outputs: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        _, step, weight = ctx.saved_tensors
+        along = ctx.layout.to_rows(outputs).to(step.dtype) * step
+        moved = along.sum(-1).reshape(loss.shape) if ctx.per_row else (along.sum() * weight).reshape(loss.shape)
+        return loss + moved.to(loss.dtype)
+
+
+class _Held(torch.autograd.Function):
+    """The step, whose derivative by the outputs is 1: the second derivative of the surrogate."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(step: Tensor, outputs: Tensor, layout: RowLayout) -> Tensor:  # type: ignore[override]
+        return step.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, outputs, ctx.layout = inputs
+        ctx.dtype, ctx.working = outputs.dtype, output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return None, ctx.layout.from_rows(gradient).to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, outputs: Tensor, __: Any) -> Tensor:  # type: ignore[override]
+        return ctx.layout.to_rows(outputs).to(ctx.working)
+
+
+class _InSize(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Tensor, size: Tensor) -> Tensor:  # type: ignore[override]
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (size,) = ctx.saved_tensors
+        return (gradient.to(size.dtype) * size).to(gradient.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, loss: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+        (size,) = ctx.saved_tensors
+        return (loss.to(size.dtype) * size).to(loss.dtype)
