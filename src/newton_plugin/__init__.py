@@ -33,6 +33,7 @@ from newton_plugin._errors import (
     RanksDisagreeError,
     ShapeError,
     SingularCurvatureError,
+    TransformError,
 )
 from newton_plugin._step.surrogate import quadratic_surrogate
 
@@ -65,6 +66,7 @@ __all__ = [
     "SingularCurvatureError",
     "SoftNormalization",
     "Tikhonov",
+    "TransformError",
     "functional",
     "newton_loss",
     "newton_step",

@@ -26,6 +26,7 @@ __all__ = [
     "RanksDisagreeError",
     "ShapeError",
     "SingularCurvatureError",
+    "TransformError",
     "as_real",
     "check_choice",
     "check_floating",
@@ -75,6 +76,10 @@ class RanksDisagreeError(NewtonPluginError, RuntimeError):
 
 class CaptureError(NewtonPluginError, RuntimeError):
     """A step that is being captured in a CUDA graph could not be repeated by the replays."""
+
+
+class TransformError(NewtonPluginError, RuntimeError):
+    """A transform (``vmap``, forward mode, a batched backward pass, ``torch.compile``) does not let this be done."""
 
 
 class OutputsTooLargeError(NewtonPluginError, RuntimeError):

@@ -39,6 +39,8 @@ MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
 }
+# Of the pure engine in eager mode. Compiled, it writes them out or does without; tests/functional compiles it.
+NOT_COMPILED = {"_Attach", "_Held", "_InSize", "_Keep", "_Kept"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +66,9 @@ def functions() -> set[type[torch.autograd.Function]]:
 
 def test_each_function_has_a_case_and_breaks_the_graph() -> None:
     names = {function if isinstance(function, str) else function.__name__ for function, _ in CASES.values()}
-    assert {c.__name__ for c in functions()} == names
-    for function in functions():
+    reached = {c for c in functions() if c.__name__ not in NOT_COMPILED}
+    assert {c.__name__ for c in reached} == names
+    for function in reached:
         assert isinstance(function.forward, functools.partial), f"{function} lacks the decorator `untraced`"
 
 

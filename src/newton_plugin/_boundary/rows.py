@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,60 +46,52 @@ class RowLayout:
         shape: shape of the outputs, with at least one dimension.
         feature_dims: the feature dimensions, or None for "everything but the first".
 
+    Attributes:
+        feature_axes, sample_axes: the dimensions that are features, and those that count samples, from the front.
+        rows: N, the number of samples.
+        groups: T, the number of rows in one entry of the first dimension: positions of a sequence, pixels of an image.
+        features: m, the number of features of a sample.
+
     Raises:
         ShapeError: outputs without dimensions, or dimensions that do not exist.
     """
 
     shape: tuple[int, ...]
     feature_dims: tuple[int, ...] | None = None
+    feature_axes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    sample_axes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    rows: int = field(init=False, repr=False, compare=False)
+    groups: int = field(init=False, repr=False, compare=False)
+    features: int = field(init=False, repr=False, compare=False)
+    _is_rows: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.shape) == 0:
+        ndim = len(self.shape)
+        if ndim == 0:
             raise ShapeError(
                 "outputs must have a batch dimension first, (N, ...); got a tensor without dimensions. "
                 "Pass the outputs that enter the loss, not the loss itself."
             )
+        features = tuple(range(1, ndim))
         if self.feature_dims is not None:
-            ndim = len(self.shape)
             wrapped = [d + ndim if d < 0 else d for d in self.feature_dims]
             if any(not 0 <= d < ndim for d in wrapped) or len(set(wrapped)) < len(wrapped):
                 raise ShapeError(
                     f"feature_dims must name different dimensions of the outputs; got {self.feature_dims} "
                     f"for outputs of shape {self.shape}."
                 )
-
-    @cached_property
-    def feature_axes(self) -> tuple[int, ...]:
-        """The dimensions that are features, counted from the front."""
-        if self.feature_dims is None:
-            return tuple(range(1, len(self.shape)))
-        return tuple(sorted(d % len(self.shape) for d in self.feature_dims))
-
-    @cached_property
-    def sample_axes(self) -> tuple[int, ...]:
-        """The dimensions that count samples."""
-        features = self.feature_axes
-        return tuple(d for d in range(len(self.shape)) if d not in features)
-
-    @cached_property
-    def rows(self) -> int:
-        """N, the number of samples."""
-        return math.prod(self.shape[d] for d in self.sample_axes)
-
-    @cached_property
-    def groups(self) -> int:
-        """T, the number of rows in one entry of the first dimension: positions of a sequence, pixels of an image."""
-        return math.prod(self.shape[d] for d in self.sample_axes[1:])
-
-    @cached_property
-    def features(self) -> int:
-        """m, the number of features of a sample."""
-        return math.prod(self.shape[d] for d in self.feature_axes)
-
-    @cached_property
-    def _is_rows(self) -> bool:
-        """Whether the outputs are rows already."""
-        return self.feature_axes == (1,) and len(self.shape) == 2
+            features = tuple(sorted(wrapped))
+        samples = tuple(d for d in range(ndim) if d not in features)
+        known = {
+            "feature_axes": features,
+            "sample_axes": samples,
+            "rows": math.prod([self.shape[d] for d in samples]),
+            "groups": math.prod([self.shape[d] for d in samples[1:]]),
+            "features": math.prod([self.shape[d] for d in features]),
+            "_is_rows": features == (1,) and ndim == 2,
+        }
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """(..., *shape) -> (..., N, m), any number of leading dimensions."""

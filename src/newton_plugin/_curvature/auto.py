@@ -12,7 +12,7 @@ from newton_plugin._curvature.protocol import HVP, CurvatureStep, Structure
 from newton_plugin._curvature.sizes import AUTO_FEATURES
 from newton_plugin._derivatives.independence import COUPLED
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._errors import ArgumentError, BatchCoupledError, OutputsTooLargeError
+from newton_plugin._errors import BatchCoupledError, OutputsTooLargeError, TransformError
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 from newton_plugin._runtime.transforms import readable
 
@@ -59,7 +59,7 @@ class AutoCurvature(Hessian):
         elif self._coupled:  # found at an earlier step
             reason = COUPLED
         elif hvp is not None and not known and not readable(gradient):
-            raise ArgumentError(
+            raise TransformError(
                 "curvature='auto' looks at the numbers to see whether the loss couples its samples, which it cannot "
                 "under vmap or torch.compile. Name one: curvature='hessian' or 'fisher'."
             )

@@ -23,7 +23,7 @@ from newton_plugin._derivatives.autograd import Scaling, first_line, seed_of
 from newton_plugin._derivatives.closed_forms import find_closed_form
 from newton_plugin._derivatives.products import no_second_pass
 from newton_plugin._derivatives.sample_hessians import HessianUnavailable, SampleHessians
-from newton_plugin._errors import NoBoundaryError, NoGradientError
+from newton_plugin._errors import NoBoundaryError, NoGradientError, TransformError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
 
@@ -81,7 +81,8 @@ def differentiate(
         scaling_of: from the loss to how it is made of its samples. Raises where it cannot be used.
 
     Raises:
-        NoGradientError: the loss has no gradient, or torch.func cannot differentiate it.
+        NoGradientError: the loss has no gradient.
+        TransformError: torch.func cannot differentiate it.
         NoBoundaryError: the loss does not depend on one of the outputs.
     """
     rows = [w.layout.rows for w in wanted]
@@ -226,7 +227,7 @@ def _refusal(error: RuntimeError) -> Exception:
     """The error of torch.func, with what to do where the loss was not written for it."""
     if "setup_context" not in str(error) and "forward AD" not in str(error):
         return error
-    return NoGradientError(
+    return TransformError(
         f"torch.func cannot differentiate this loss: {first_line(error)} Give its autograd.Functions a setup_context "
         "and a vmap rule, detach what is differentiated in forward mode, or use npl.newton_loss or npl.LossHook "
         "outside of transforms: they differentiate the loss that was computed."

@@ -24,15 +24,34 @@ def coupling(hvp: HVP, gradient: Tensor) -> Tensor:
     For independent samples ``H (s * u) = s * (H u)`` for any sign s_i per sample; where sample i's gradient
     depends on sample j's output the two differ (with probability one over u).
     """
+    u, signs = _compiled_probes(gradient) if torch.compiler.is_compiling() else _probes(gradient)
+    together, signed = hvp(torch.stack([u, signs * u]))
+    return (signed - signs * together).norm() / together.norm()
+
+
+def _probes(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """u, (N, m), and signs, (N, 1), as many of the one as of the other."""
     n, m = gradient.shape
     with outside_transforms():
         # A separate generator: the user's random state stays as it is.
         generator = torch.Generator().manual_seed(0)
         u = torch.randn(n, m, generator=generator, dtype=torch.float64)
         signs = (torch.arange(n) % 2 * 2.0 - 1)[torch.randperm(n, generator=generator)]
-    u, signs = u.to(gradient), signs.to(gradient).unsqueeze(1)
-    together, signed = hvp(torch.stack([u, signs * u]))
-    return (signed - signs * together).norm() / together.norm()
+    return u.to(gradient), signs.to(gradient).unsqueeze(1)
+
+
+def _compiled_probes(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in arithmetic: torch.compile follows no generator."""
+    n, m = gradient.shape
+
+    def mixed(count: int, by: float) -> Tensor:
+        k = torch.arange(1, count + 1, dtype=torch.float64, device=gradient.device)
+        return (torch.sin(k * by) * 43758.5453).frac()
+
+    i = torch.arange(n, device=gradient.device)
+    signs = torch.where(mixed(n, 78.233) > 0, 1.0, -1.0)
+    signs = torch.where(i == 0, -signs[min(1, n - 1)], signs)  # never one sign for all
+    return mixed(n * m, 12.9898).reshape(n, m).to(gradient), signs.to(gradient).unsqueeze(1)
 
 
 def samples_are_independent(hvp: HVP, gradient: Tensor) -> bool:

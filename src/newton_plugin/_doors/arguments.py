@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_floating
 
-__all__ = ["argument", "check_outputs", "name_of", "outputs_of", "replaced"]
+__all__ = ["argument", "check_outputs", "loss_at", "name_of", "outputs_of", "replaced"]
 
 
 def name_of(loss_fn: Callable[..., Any]) -> str:
@@ -76,3 +76,17 @@ def check_outputs(outputs: Any) -> tuple[int | str, ...]:
 def replaced(args: Any, kwargs: Any, old: Tensor, new: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with ``new`` in the place of ``old``."""
     return tuple(new if a is old else a for a in args), {k: new if a is old else a for k, a in kwargs.items()}
+
+
+def loss_at(
+    loss_fn: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Mapping[str, Tensor]
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A loss as a function of its outputs alone."""
+
+    def loss_of(inner: Sequence[Tensor]) -> Tensor:
+        given, by_name = args, kwargs
+        for old, new in zip(outputs.values(), inner, strict=True):
+            given, by_name = replaced(given, by_name, old, new)
+        return loss_fn(*given, **by_name)
+
+    return loss_of

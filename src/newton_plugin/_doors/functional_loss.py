@@ -9,9 +9,16 @@ from torch import Tensor
 
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
-from newton_plugin._doors.arguments import check_outputs, name_of, outputs_of, replaced
+from newton_plugin._doors.arguments import check_outputs, loss_at, name_of, outputs_of
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
-from newton_plugin._step.pure import initial_states, preconditioned, pure_steps, state_from_dict, state_to_dict
+from newton_plugin._step.pure import (
+    hessians_at,
+    initial_states,
+    preconditioned,
+    pure_steps,
+    state_from_dict,
+    state_to_dict,
+)
 from newton_plugin._step.rule import OnNonfinite
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
 
@@ -58,8 +65,10 @@ class FunctionalNewtonLoss:
             ArgumentError: no such argument; arguments are missing that are needed.
         """
         named = self._named(args, kwargs)
-        loss_of = self._loss_of(args, kwargs, named) if len(args) + len(kwargs) > len(named) else None
-        return NewtonState(dict(zip(named, initial_states(named, self._settings, loss_of), strict=True)))
+        hessians = None
+        if len(args) + len(kwargs) > len(named):
+            hessians = hessians_at(loss_at(self.loss_fn, args, kwargs, named), named, self._settings)
+        return NewtonState(dict(zip(named, initial_states(named, self._settings, hessians), strict=True)))
 
     def apply(self, state: NewtonState, *args: Any, **kwargs: Any) -> tuple[Tensor, NewtonState]:
         """The loss, whose derivative by its outputs is the Newton step, and the state after it.
@@ -80,7 +89,7 @@ class FunctionalNewtonLoss:
         named = self._named(args, kwargs)
         states = self._states(state, named)
         found = pure_steps(
-            self._loss_of(args, kwargs, named),
+            loss_at(self.loss_fn, args, kwargs, named),
             {name: y.detach() for name, y in named.items()},
             lambda _: states,
             self._settings,
@@ -129,15 +138,6 @@ class FunctionalNewtonLoss:
                 f"state must be of outputs={self._outputs}; got one of {sorted(state.rules)}. Make one by init()."
             )
         return [state.rules[name] for name in named]
-
-    def _loss_of(self, args: Any, kwargs: Any, named: dict[str, Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-        def loss_of(inner: Sequence[Tensor]) -> Tensor:
-            given, by_name = args, kwargs
-            for old, new in zip(named.values(), inner, strict=True):
-                given, by_name = replaced(given, by_name, old, new)
-            return self.loss_fn(*given, **by_name)
-
-        return loss_of
 
 
 def functional_newton_loss(

@@ -25,9 +25,10 @@ from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, ref
 from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
 from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
-from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError
+from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError, TransformError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._runtime.transforms import has_tangent, kinds_of_transforms
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.rule import OnNonfinite, StepRule
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
@@ -174,6 +175,7 @@ class LossHook:
             NoGradientError: the loss has no graph.
             NoBoundaryError: at the first call, if no outputs were found under the loss.
             ShapeError: more than one number.
+            TransformError: under ``vmap`` or in forward mode.
             BatchCoupledError, OutputsTooLargeError: see :class:`newton_plugin.Hessian`.
             RanksDisagreeError: on every rank, if the ranks do not find the same boundaries.
         """
@@ -184,6 +186,7 @@ class LossHook:
             current_ranks(self._settings.sync).agree("no boundary")
             self._skipped += 1
             return loss
+        _check_transforms(loss)
         _check_graph(loss)
         if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
@@ -271,6 +274,16 @@ def _check_loss(loss: Any) -> None:
         raise ShapeError(
             f"loss must be one number; got shape {tuple(loss.shape)}. Reduce it first, or wrap the loss "
             "function by npl.newton_loss, which also takes one loss for each sample."
+        )
+
+
+def _check_transforms(loss: Tensor) -> None:
+    kinds = kinds_of_transforms()
+    if "Vmap" in kinds or "Jvp" in kinds or has_tangent(loss):
+        raise TransformError(
+            "LossHook changes the backward pass of one computed loss: under vmap there are many, and forward mode "
+            "takes no backward pass. Wrap the loss function, npl.newton_loss(loss_fn), or use "
+            "npl.functional.newton_loss, whose state is an argument."
         )
 
 

@@ -29,9 +29,10 @@ from newton_plugin._boundary.beside import beside
 from newton_plugin._boundary.owner import owner_of
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
-from newton_plugin._doors.arguments import argument, check_outputs, name_of, replaced
+from newton_plugin._doors.arguments import argument, check_outputs, loss_at, name_of, outputs_of, replaced
 from newton_plugin._doors.diagnostics import diagnostics
 from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
+from newton_plugin._doors.transformed import MemberStates, needs_pure_engine, transformed_loss
 from newton_plugin._errors import ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
@@ -86,6 +87,7 @@ class NewtonLoss(nn.Module):
         self._rules: dict[str, StepRule] = {}
         self._used: list[StepRule] = []
         self._names = LayerNames()
+        self._members = MemberStates()
         self._others_reported = False
         self._clones: WeakKeyDictionary[Any, NewtonLoss] = WeakKeyDictionary()
         if not isinstance(loss_fn, nn.Module):
@@ -100,7 +102,13 @@ class NewtonLoss(nn.Module):
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The value of ``loss_fn(*args, **kwargs)``."""
-        if not self.training or not torch.is_grad_enabled():
+        if not self.training:
+            return self.loss_fn(*args, **kwargs)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if needs_pure_engine(given):
+            named = outputs_of(self.loss_fn, self._outputs, args, kwargs)
+            return transformed_loss(loss_at(self.loss_fn, args, kwargs, named), named, self._settings, self._members)
+        if not torch.is_grad_enabled():
             return self.loss_fn(*args, **kwargs)
         named = {str(which): self._select(which, args, kwargs) for which in self._outputs}
         for name, y in named.items():
@@ -136,8 +144,13 @@ class NewtonLoss(nn.Module):
         return loss
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers about the last step, as :meth:`LossHook.diagnostics`; waits for the device."""
-        return diagnostics(self._used, self._rules.values())
+        """Numbers about the last step, as :meth:`LossHook.diagnostics`; waits for the device.
+
+        Under the transforms of torch.func only "fallbacks", of all members.
+        """
+        numbers = diagnostics(self._used, self._rules.values())
+        fallbacks = numbers.get("fallbacks", 0.0) + self._members.fallbacks
+        return {**numbers, "fallbacks": fallbacks} if numbers or self._members else {}
 
     @property
     def _loss_name(self) -> str:

@@ -13,7 +13,9 @@ from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._errors import NoGradientError, check_floating
+from newton_plugin._runtime.transforms import kinds_of_transforms
 from newton_plugin._step.compute import take_steps
+from newton_plugin._step.pure import initial_states, pure_steps
 from newton_plugin._step.rule import OnNonfinite
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
 
@@ -72,6 +74,11 @@ def newton_step(
         SingularCurvatureError: damping too small to invert C.
         BatchCoupledError: a Hessian is asked for, and the loss mixes the samples of the batch.
         NoGradientError: the loss does not depend on the outputs.
+        TransformError: a transform does not let this be done; the message says which.
+
+    It works under ``vmap``, ``grad``, ``jvp`` and ``torch.compile``; the step is a constant of all of them. Where
+    nobody can raise and all results are tensors (``vmap``, ``torch.compile``), ``on_nonfinite="raise"`` makes the step
+    NaN, and a C that was never formed is NaN.
 
     Example, a quadratic loss solved in one step:
         >>> import torch, newton_plugin as npl
@@ -83,6 +90,8 @@ def newton_step(
     settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync=False)
     layout = RowLayout(tuple(outputs.shape), settings.features)  # before the loss is run
     kwargs = dict(loss_kwargs or {})
+    if torch.compiler.is_compiling() or kinds_of_transforms():
+        return _pure(lambda ys: loss_fn(ys[0], *args, **kwargs), outputs, settings)
     y = outputs.detach().requires_grad_()
     with torch.enable_grad():
         y = y.clone()  # a loss that works in place may not change a leaf
@@ -106,4 +115,21 @@ def newton_step(
         layout.from_rows(taken.gradient.to(outputs.dtype)),
         None if last is None else last.matrix,
         torch.zeros(()) if last is None else last.damping,
+    )
+
+
+def _pure(loss_of: Callable[[Sequence[Tensor]], Tensor], outputs: Tensor, settings: RuleSettings) -> NewtonStep:
+    """The same under transforms and torch.compile. What has no number there is NaN: they return tensors alone."""
+    y = {"outputs": outputs.detach()}
+    found = pure_steps(loss_of, y, lambda derived: initial_states(y, settings, derived.hessians), settings)
+    (taken,), (layout,), last = found.steps, found.layouts, found.rules[0].last
+    step = layout.from_rows(taken.step.to(outputs.dtype)).detach()
+    none = torch.full((), torch.nan, dtype=taken.step.dtype, device=outputs.device)
+    matrix = none if last is None or last.matrix is None else last.matrix
+    return NewtonStep(
+        step,
+        outputs.detach() - step,
+        layout.from_rows(taken.gradient.to(outputs.dtype)),
+        matrix,
+        torch.zeros_like(none) if last is None else last.damping,
     )

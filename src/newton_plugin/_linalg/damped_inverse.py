@@ -75,9 +75,9 @@ def shifted_eigenvalues(values: Tensor, damping: Tensor) -> Tensor:
 
 
 def _shifted(matrix: Tensor, damping: Tensor) -> Tensor:
-    shifted = matrix.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1) if damping.ndim else damping)
-    return shifted
+    # Out of place: torch.func.linearize drops an operation whose result nobody uses.
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1) + (damping.unsqueeze(-1) if damping.ndim else damping)
+    return torch.diagonal_scatter(matrix, diagonal, dim1=-2, dim2=-1)
 
 
 def _by_rows(solve: Inverse, ndim: int) -> Inverse:

@@ -121,7 +121,7 @@ class DiagonalRankOne:
         denominator = 1 - self.weight * torch.linalg.vecdot(scaled, self.vector)
         solved = gradient / shifted
         inner = self.weight * torch.linalg.vecdot(solved, self.vector) / denominator
-        solved.addcmul_(inner.unsqueeze(-1), scaled)
+        solved = solved.addcmul_(inner.unsqueeze(-1), scaled)
         indefinite = (denominator <= 0) | (shifted.amin(-1) <= 0)
         if not readable(indefinite):
             if gradient.shape[1] > _UNSEEN_FEATURES:  # a NaN, and the step is not taken

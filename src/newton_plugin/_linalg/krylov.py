@@ -126,9 +126,9 @@ def lockstep_power(
         alpha = _inner(new, vector)
         new = torch.addcmul(new, alpha.neg().unsqueeze(-1), vector)
         if k > 1:
-            new.addcmul_(before.neg().unsqueeze(-1), basis[-2])
+            new = new.addcmul_(before.neg().unsqueeze(-1), basis[-2])
             for old in basis if most > _FEW_ROUNDS and k > _TRUSTED_ROUNDS else basis[:1]:
-                new.addcmul_(_inner(new, old).neg().unsqueeze(-1), old)
+                new = new.addcmul_(_inner(new, old).neg().unsqueeze(-1), old)
         beta = torch.linalg.vector_norm(new, dim=-1)
         largest = torch.maximum(largest, torch.maximum(alpha.abs(), beta))
         # When the space is exhausted only rounding is left: stop, or V would get noise of unit length.
@@ -145,7 +145,7 @@ def lockstep_power(
         before = beta
     step = torch.zeros_like(gradient)
     for j, vector in enumerate(basis):
-        step.addcmul_(weights[:, j : j + 1], vector)
+        step = step.addcmul_(weights[:, j : j + 1], vector)
     return KrylovStep(step, (values.min(), values.max()))
 
 

@@ -12,21 +12,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["kinds_of_transforms", "outside_transforms", "readable"]
+__all__ = ["batched", "has_tangent", "in_forward_mode", "kinds_of_transforms", "outside_transforms", "readable"]
 
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
+_dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode")  # noqa: B009
+_modes: Any = getattr(torch._C, "_TorchDispatchModeKey")  # noqa: B009
+_TRACERS = (_modes.PROXY, _modes.FAKE)  # make_fx, which linearize uses; tensors without numbers
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether Python may look at the numbers of ``tensor``: neither batched by ``vmap`` nor being compiled."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether Python may look at the numbers of ``tensor``: neither batched by ``vmap`` nor compiled nor traced."""
+    return not torch.compiler.is_compiling() and not batched(tensor) and not any(map(_dispatch_mode, _TRACERS))
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for one member of a ``vmap``."""
     while _functorch.is_functorch_wrapped_tensor(tensor):
         if _functorch.is_batchedtensor(tensor):
-            return False
+            return True
         tensor = _functorch.get_unwrapped(tensor)
-    return True
+    return _functorch.is_legacy_batchedtensor(tensor)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a tangent of ``torch.autograd.forward_ad``."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents may pass: inside of ``jvp``, ``jacfwd``, ``linearize``, or a level of ``forward_ad``."""
+    return getattr(forward_ad, "_current_level", -1) >= 0 or "Jvp" in kinds_of_transforms()
 
 
 def kinds_of_transforms() -> frozenset[str]:

@@ -3,6 +3,9 @@
 Around the outputs y it is ``loss + w (step' d + 1/2 |d|^2)`` with ``d = y - stop(y)``, the quadratic surrogate
 ``w/2 ||y - z*||^2`` up to a constant. Its value is the loss, its gradient ``w step``, its second derivative ``w I``.
 All else that the loss can reach keeps the loss's own derivatives, times the size of the step.
+
+In reverse mode an ``autograd.Function`` says so, at the cost of the step alone. In forward mode, and for the compiler,
+which fuses what it sees, the formula is written out.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.rows import RowLayout
+from newton_plugin._runtime.transforms import in_forward_mode
 
 __all__ = ["attach_step", "in_size"]
 
@@ -29,14 +33,14 @@ def attach_step(loss: Tensor, outputs: Tensor, step: Tensor, weight: Tensor | No
     """
     weight = step.new_ones(()) if weight is None else weight.to(step.dtype)
     per_row = loss.ndim > 0 and loss.numel() == layout.rows and layout.rows > 1
-    if torch.compiler.is_compiling():  # which follows no Function that has a rule for forward mode
+    if torch.compiler.is_compiling() or in_forward_mode():
         return _written_out(loss, outputs, step, weight, layout, per_row)
     return _Attach.apply(loss, outputs, step, weight, layout, per_row)  # type: ignore[no-any-return]
 
 
 def in_size(loss: Tensor, size: Tensor) -> Tensor:
     """``loss``, whose derivatives are multiplied by ``size``."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_forward_mode():
         stopped = loss.detach()
         moved = (loss - stopped).to(size.dtype) * size
         return torch.where(torch.isfinite(stopped), stopped + moved.to(loss.dtype), loss)
@@ -69,7 +73,6 @@ class _Attach(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, outputs, step, weight, ctx.layout, ctx.per_row = inputs
         ctx.save_for_backward(outputs, step, weight)
-        ctx.save_for_forward(outputs, step, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
@@ -78,13 +81,6 @@ class _Attach(torch.autograd.Function):
         scale = gradient.to(step.dtype) * weight
         sent = ctx.layout.from_rows((scale.reshape(-1, 1) if ctx.per_row else scale.reshape(())) * held)
         return gradient, sent.to(outputs.dtype), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, loss: Tensor, outputs: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        _, step, weight = ctx.saved_tensors
-        along = ctx.layout.to_rows(outputs).to(step.dtype) * step
-        moved = along.sum(-1).reshape(loss.shape) if ctx.per_row else (along.sum() * weight).reshape(loss.shape)
-        return loss + moved.to(loss.dtype)
 
 
 class _Held(torch.autograd.Function):
@@ -99,15 +95,11 @@ class _Held(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, outputs, ctx.layout = inputs
-        ctx.dtype, ctx.working = outputs.dtype, output.dtype
+        ctx.dtype = outputs.dtype
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         return None, ctx.layout.from_rows(gradient).to(ctx.dtype), None
-
-    @staticmethod
-    def jvp(ctx: Any, _: Any, outputs: Tensor, __: Any) -> Tensor:  # type: ignore[override]
-        return ctx.layout.to_rows(outputs).to(ctx.working)
 
 
 class _InSize(torch.autograd.Function):
@@ -120,14 +112,8 @@ class _InSize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         (size,) = ctx.saved_tensors
         return (gradient.to(size.dtype) * size).to(gradient.dtype), None
-
-    @staticmethod
-    def jvp(ctx: Any, loss: Tensor, _: Any) -> Tensor:  # type: ignore[override]
-        (size,) = ctx.saved_tensors
-        return (loss.to(size.dtype) * size).to(loss.dtype)

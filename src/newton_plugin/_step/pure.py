@@ -19,7 +19,7 @@ from newton_plugin._boundary.rows import RowLayout, layout_of
 from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.functional import Differentiated, Wanted, differentiate
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, check_floating
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, TransformError, check_floating
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.cuda_graphs import callers_state
 from newton_plugin._runtime.processes import ONE_PROCESS
@@ -32,6 +32,7 @@ from newton_plugin._step.size import gain_sums, size_of
 __all__ = [
     "PureSteps",
     "RuleState",
+    "hessians_at",
     "initial_states",
     "preconditioned",
     "pure_steps",
@@ -86,7 +87,7 @@ def pure_steps(
         ShapeError: a loss of another shape; a state of outputs of another shape.
     """
     rules = [_explicit(settings) for _ in outputs]
-    layouts = [layout_of(tuple(y.shape), settings.features) for y in outputs.values()]
+    layouts = [_layout(y, settings) for y in outputs.values()]
     found: dict[str, Scaling] = {}
 
     def scaling_of(loss: Tensor) -> Scaling:
@@ -124,27 +125,34 @@ def preconditioned(found: PureSteps, outputs: Sequence[Tensor]) -> Tensor:
 
 
 def initial_states(
-    outputs: Mapping[str, Tensor], settings: RuleSettings, loss_of: LossOf | None = None
+    outputs: Mapping[str, Tensor], settings: RuleSettings, hessians: Sequence[SampleHessians | None] | None = None
 ) -> list[RuleState]:
     """The states of the rules before the first step of outputs in these shapes.
 
     Args:
         outputs: by name.
         settings: the rules.
-        loss_of: the loss, whose Hessian may decide the form of a state; None: it is not known.
+        hessians: of each output, which may decide the form of its state; None: not known.
     """
-    rules = [_explicit(settings) for _ in outputs]
-    layouts = [layout_of(tuple(y.shape), settings.features) for y in outputs.values()]
-    hessians: Sequence[SampleHessians | None] = [None] * len(rules)
-    if loss_of is not None and any(rule.curvature.needs_hessian for rule in rules):
-        wanted = _wanted(outputs, layouts, rules)
-        stopped = [y.detach() for y in outputs.values()]
-        hessians = differentiate(loss_of, stopped, wanted, lambda loss: _scaling(loss, layouts, settings)).hessians
     states = []
-    for y, layout, rule, known in zip(outputs.values(), layouts, rules, hessians, strict=True):
+    for k, y in enumerate(outputs.values()):
+        layout, known = _layout(y, settings), None if hessians is None else hessians[k]
         like = y.new_zeros((), dtype=working_dtype(y.device)).expand(layout.rows, layout.features)
-        states.append(_as_tensors(rule.initial_state(like, layout.groups, known), like))
+        states.append(_as_tensors(_explicit(settings).initial_state(like, layout.groups, known), like))
     return states
+
+
+def hessians_at(
+    loss_of: LossOf, outputs: Mapping[str, Tensor], settings: RuleSettings
+) -> Sequence[SampleHessians | None]:
+    """The Hessians of a loss at each of its outputs, as a step would use them."""
+    rules = [_explicit(settings) for _ in outputs]
+    layouts = [_layout(y, settings) for y in outputs.values()]
+    if not any(rule.curvature.needs_hessian for rule in rules):
+        return [None] * len(rules)
+    stopped = [y.detach() for y in outputs.values()]
+    wanted = _wanted(outputs, layouts, rules)
+    return differentiate(loss_of, stopped, wanted, lambda loss: _scaling(loss, layouts, settings)).hessians
 
 
 def state_to_dict(state: RuleState) -> dict[str, Any]:
@@ -197,15 +205,20 @@ def _wanted(outputs: Mapping[str, Tensor], layouts: Sequence[RowLayout], rules: 
     ]
 
 
+def _layout(outputs: Tensor, settings: RuleSettings) -> RowLayout:
+    make = RowLayout if torch.compiler.is_compiling() else layout_of  # which torch.compile warns of: it has a cache
+    return make(tuple(outputs.shape), settings.features)
+
+
 def _explicit(settings: RuleSettings) -> StepRule:
     """A rule without a state.
 
     Raises:
-        ArgumentError: its C is kept by a count of steps, which is no tensor.
+        TransformError: its C is kept by a count of steps, which is no tensor.
     """
     rule = settings.build()
     if rule.curvature.refresh_every > 1:
-        raise ArgumentError(
+        raise TransformError(
             f"refresh_every={rule.curvature.refresh_every} counts steps in Python, which a pure function cannot: under "
             "torch.func and in npl.functional use refresh_every=1."
         )

@@ -17,6 +17,7 @@ from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+from newton_plugin._runtime.transforms import readable
 from newton_plugin._step.size import Gain
 
 __all__ = ["OnNonfinite", "StepRule"]
@@ -130,6 +131,7 @@ class StepRule:
         more: dict[str, Any] = {}  # arguments beyond the first three
         if ranks.many:
             self._check_takes_ranks()
+        if curvature.takes_ranks:
             more["ranks"] = ranks
         if not self.streams(gradient):
             gradient = gradient.to(working_dtype(gradient.device))
@@ -146,7 +148,7 @@ class StepRule:
                 "Return npl.CurvatureStep(step, damping)."
             )
         taken = result.finiteness.judge(gradient, result.step, ranks)
-        if self.on_nonfinite == "raise" and not bool(taken):
+        if self.on_nonfinite == "raise" and readable(taken) and not bool(taken):
             self._raise(gradient, result)
         self._count(taken, result)
         self.last, self.last_weight, self.last_factor = result, weight, None

@@ -14,12 +14,14 @@ from newton_plugin._curvature.fisher import EmpiricalFisher
 from newton_plugin._curvature.hessian import Hessian
 from newton_plugin._curvature.protocol import STRUCTURES, Curvature, Structure, check_power
 from newton_plugin._curvature.soft_normalization import SoftNormalization
+from newton_plugin._derivatives.products import Probing
 from newton_plugin._errors import (
     ArgumentError,
     ArgumentTypeError,
     check_choice,
 )
 from newton_plugin._step.rule import OnNonfinite, StepRule
+from newton_plugin._step.size import Gain
 
 __all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "resolve_curvature"]
 
@@ -88,9 +90,9 @@ class RuleSettings:
     def build(self) -> StepRule:
         """A rule with a running state of its own."""
         damping = copy.deepcopy(resolve_damping(self.damping))
-        return StepRule(
-            resolve_curvature(self.curvature, self.structure, self.power, damping), damping, self.on_nonfinite
-        )
+        curvature = resolve_curvature(self.curvature, self.structure, self.power, damping)
+        # Factories of fields are written out: torch.compile does not follow those of a dataclass.
+        return StepRule(curvature, damping, self.on_nonfinite, Probing(), Gain(), _reported=set())
 
     @property
     def features(self) -> tuple[int, ...] | None:

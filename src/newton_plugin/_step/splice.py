@@ -24,7 +24,8 @@ from torch import Tensor
 
 from newton_plugin._boundary.autograd_graph import Boundary
 from newton_plugin._derivatives.autograd import Parts
-from newton_plugin._errors import NoGradientError
+from newton_plugin._errors import NoGradientError, TransformError
+from newton_plugin._runtime.transforms import batched
 from newton_plugin._step.senders import Sender
 from newton_plugin._step.sharing import Sharing, separate
 
@@ -74,6 +75,12 @@ class _Splice:
         """A backward pass begins at the loss, with this gradient. Returns what goes on from there; None: all of it."""
         if scale is None:  # it begins at another output of the operation that made the loss
             return None
+        if batched(scale):
+            raise TransformError(
+                "a backward pass through a hooked loss brings many gradients at once (vmap, is_grads_batched=True, "
+                "jacobian(vectorize=True)), and the step is made for one. Take them one after the other, or use "
+                "npl.functional.newton_loss, whose step is made with the loss."
+            )
         self.task = torch._C._current_graph_task_id()  # type: ignore[attr-defined]
         self.scale = scale.detach() if self.before is None else self.before.scale
         self.left = list(self.consumers)
