@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "HALF",
     "Inverse",
     "definite_inverse",
     "eigenvalue_scale",
@@ -39,6 +40,8 @@ __all__ = [
 
 Inverse = Callable[[Tensor], Tensor]
 """Gradients to steps."""
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

@@ -16,8 +16,8 @@ from newton_plugin._derivatives.closed_forms import ClosedForm
 from newton_plugin._derivatives.products import hessian_products
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ShapeError
-from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._linalg.large_rows import inner_products, squared_norms
+from newton_plugin._linalg.damped_inverse import HALF, working_dtype
+from newton_plugin._linalg.large_rows import inner_products, nonzero_rows, squared_norms
 from newton_plugin._runtime.processes import Ranks, current_ranks
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule
@@ -25,9 +25,7 @@ from newton_plugin._step.senders import all_if_none
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import size_of
 
-__all__ = ["HALF", "BoundaryStep", "ComputedSteps", "compute_steps", "take_steps"]
-
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["BoundaryStep", "ComputedSteps", "compute_steps", "take_steps"]
 
 
 @dataclass
@@ -117,12 +115,12 @@ def _steps_of_layer(
     # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
     if not len(batch) and not ranks.many:
         return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, own, strict=True)]
-    counted = batch.any(-1).sum()
+    counted = nonzero_rows(batch).sum()
     live = all_if_none(counted, len(batch))
+    if batch.dtype in HALF:  # the step is scaled before it is rounded to them
+        batch = batch.to(torch.float32 if rule.streams(batch) else working_dtype(batch.device))
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(batch):
-        if batch.dtype in HALF:
-            batch = batch.to(working_dtype(batch.device))
         share = live.to(batch.dtype) / len(batch)
         batch = batch * share
     hessians = None
