@@ -26,6 +26,7 @@ class Batch:
         unit: ``w^2``, no dimensions; None: 1.
         live: the number of rows that have a gradient, no dimensions; None: all. What a loss ignores (padding, say) has
             none, and does not count in a mean over samples.
+        factor: by which the steps are multiplied before they are rounded, no dimensions; None: 1.
     """
 
     gradient: Tensor
@@ -34,6 +35,7 @@ class Batch:
     groups: int = 1
     unit: Tensor | None = None
     live: Tensor | None = None
+    factor: Tensor | None = None
 
     @property
     def samples(self) -> Tensor | int:

@@ -99,13 +99,14 @@ class EmpiricalFisher(Curvature):
         groups: int = 1,
         weight: Tensor | None = None,
         live: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
         n, m = gradient.shape
         groups = groups if self.structure == "block" else 1
         check_groups(n, groups)
         # A step is linear in the rows, so only the sums of squares have to know their weight.
-        batch = Batch(gradient, damping, ranks, groups, None if weight is None else weight.square(), live)
+        batch = Batch(gradient, damping, ranks, groups, None if weight is None else weight.square(), live, factor)
         if self.structure == "per_sample":
             return self._per_sample(batch)
         if self.structure == "isotropic":
@@ -138,7 +139,7 @@ class EmpiricalFisher(Curvature):
         if refreshed and not own and not are_large(batch.gradient):
             step = witness = inverse(batch.gradient)  # C covers the gradients: only the steps are left to check
         else:
-            step, witness = solve_rows(inverse, batch.gradient, own, batch.unit, batch.groups)
+            step, witness = solve_rows(inverse, batch.gradient, own, batch.unit, batch.groups, batch.factor)
         # A kept C was agreed at an earlier step; the gradients of this batch have not been compared across ranks.
         finiteness = Finiteness(self._kept.finite, agreed=refreshed, witness=witness)
         return CurvatureStep(step, d, matrix.matrix, matrix.extremes, finiteness=finiteness)
@@ -162,12 +163,15 @@ class EmpiricalFisher(Curvature):
         # nothing about the gradients of this batch.
         bounded = refreshed and own > 0 and damping.bounded
         witness = None if bounded else total / shifted
+        by = torch.add(shifted, squared, alpha=own) if own else shifted
         return CurvatureStep(
-            divide(gradient, torch.add(shifted, squared, alpha=own) if own else shifted),
+            divide(gradient, by, batch.factor),
             d,
             matrix.matrix,
             matrix.extremes,
             finiteness=Finiteness(kept.finite, refreshed, witness, bounded),
+            # Of large rows neither gradients nor steps are kept for somebody who might ask.
+            sizes=(lambda: (total, (squared / by / by).sum())) if are_large(gradient) else None,
         )
 
     def _per_sample(self, batch: Batch) -> CurvatureStep:
@@ -177,7 +181,7 @@ class EmpiricalFisher(Curvature):
         by = squared + d if self.power == 1 else (squared + d).sqrt()
         rank_deficient = batch.gradient.shape[1] > 1
         return CurvatureStep(
-            divide(batch.gradient, by),
+            divide(batch.gradient, by, batch.factor),
             d,
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
@@ -216,7 +220,7 @@ class EmpiricalFisher(Curvature):
         if own:
             solved = solved / torch.rsub(inner, 1.0, alpha=-own)
         return CurvatureStep(
-            combine(solved, rows, products),
+            combine(solved if batch.factor is None else solved * batch.factor, rows, products),
             d,
             None,
             lambda: (torch.zeros_like(d), torch.linalg.eigvalsh(c).max()),

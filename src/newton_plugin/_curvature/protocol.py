@@ -117,6 +117,7 @@ class Curvature(ABC):
     takes_ranks: ClassVar[bool] = False
     takes_weight: ClassVar[bool] = False
     takes_live: ClassVar[bool] = False
+    takes_factor: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # What step() is given beyond its first three arguments: read once, where the class is defined.
@@ -125,6 +126,7 @@ class Curvature(ABC):
         cls.takes_ranks = "ranks" in arguments
         cls.takes_live = "live" in arguments
         cls.takes_weight = "weight" in arguments and holds(cls, "streams", "step")
+        cls.takes_factor = "factor" in arguments and cls.takes_weight
 
     @abstractmethod
     def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
@@ -148,6 +150,8 @@ class Curvature(ABC):
         * ``weight``, if the class that defines this method, or a subclass, also defines a :meth:`streams` that answers
           True. It gets the rows as they arrived, ``w g_i`` in the outputs' dtype, and w, no dimensions (None: 1); it
           returns ``w step_i``, in the same dtype.
+        * ``factor``, beside ``weight``: f, no dimensions (None: 1). It then returns ``f w step_i``, rounded once; and
+          it also gets rows in half precision.
         """
 
     def wants_hessian(self, features: int) -> bool:

@@ -48,9 +48,10 @@ class SoftNormalization(EmpiricalFisher):
         groups: int = 1,
         weight: Tensor | None = None,
         live: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
-        return super().step(gradient, hvp, self._own(damping, gradient.shape[1]), ranks, 1, weight, live)
+        return super().step(gradient, hvp, self._own(damping, gradient.shape[1]), ranks, 1, weight, live, factor)
 
     def _own(self, damping: Damping, features: int) -> Damping:
         return BatchRelative(self.c * features, self._slow) if isinstance(damping, AutoDamping) else damping

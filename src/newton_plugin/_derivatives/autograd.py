@@ -24,7 +24,7 @@ __all__ = [
     "first_line",
     "loss_gradients",
     "own_parts",
-    "seed_of",
+    "own_seed",
 ]
 
 Scaling = Literal["mean", "sum", "per_row"]
@@ -68,8 +68,7 @@ def loss_gradients(
 ) -> Gradients:
     """Per-sample gradients in the shape of the outputs, and the gradients that arrive at ``observed`` operations.
 
-    For a mean the backward pass starts with the seed N. A multiplication by N afterwards would come too late: in half
-    precision the gradients of a mean underflow.
+    The backward pass starts with :func:`own_seed`.
 
     Args:
         loss: one number, or one for each row of a single boundary.
@@ -84,7 +83,7 @@ def loss_gradients(
         SinglePassError: the backward that torch.compile has made can run once, and the user needs it. Nothing has been
             computed then, and the graph is as it was.
     """
-    seed = seed_of(loss.dtype, samples, scaling)
+    seed = own_seed(loss, samples, scaling)
     cause = ""
     try:
         passed = _differentiate(loss, seed, boundaries, observed, twice)
@@ -109,10 +108,14 @@ def loss_gradients(
     return Gradients(gradients, upstream, passed.sent, seed, cause)
 
 
-def seed_of(dtype: torch.dtype, samples: Sequence[int], scaling: Scaling) -> int:
-    """With which gradient a pass over a loss of this dtype begins; see :func:`loss_gradients`."""
+def own_seed(loss: Tensor, samples: Sequence[int], scaling: Scaling) -> int:
+    """What a backward pass over this loss begins with, so that gradients have the scale of ``g_i`` on their way.
+
+    For a mean it is N. A multiplication by N afterwards would come too late: in float16 the gradients of a mean
+    underflow. Arguments as :func:`loss_gradients`.
+    """
     seed = max(samples) if scaling == "mean" else 1
-    if dtype in (torch.float16, torch.bfloat16):
+    if loss.dtype in (torch.float16, torch.bfloat16):
         seed = min(2 ** max(seed, 1).bit_length() // 2, 1024)  # a power of two: exact in a few bits of mantissa
     return seed
 

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 
 from newton_plugin._boundary.autograd_graph import differentiable_once, edge_of, explore, make_boundary
 from newton_plugin._boundary.rows import RowLayout
-from newton_plugin._derivatives.autograd import Scaling, first_line, seed_of
+from newton_plugin._derivatives.autograd import Scaling, first_line, own_seed
 from newton_plugin._derivatives.closed_forms import find_closed_form
 from newton_plugin._derivatives.products import no_second_pass
 from newton_plugin._derivatives.sample_hessians import HessianUnavailable, SampleHessians
@@ -99,7 +99,7 @@ def differentiate(
         with torch.autocast(device, *ambient) if ambient else nullcontext():
             value = loss_of(at)
         found["scaling"] = scaling = scaling_of(value)
-        found["seed"] = seed = seed_of(value.dtype, rows, scaling)
+        found["seed"] = seed = own_seed(value, rows, scaling)
         total = value.sum() * seed
         known: dict[int, tuple[Tensor, ...]] = {}
         if not traced:

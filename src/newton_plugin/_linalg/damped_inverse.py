@@ -27,6 +27,7 @@ from torch import Tensor
 from newton_plugin._runtime.transforms import readable
 
 __all__ = [
+    "HALF",
     "Inverse",
     "definite_inverse",
     "eigenvalue_scale",
@@ -41,6 +42,8 @@ __all__ = [
 
 Inverse = Callable[[Tensor], Tensor]
 """Gradients to steps."""
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def working_dtype(device: torch.device) -> torch.dtype:

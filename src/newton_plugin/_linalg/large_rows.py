@@ -18,7 +18,17 @@ from torch import Tensor
 from newton_plugin._linalg.damped_inverse import Inverse, working_dtype
 from newton_plugin._runtime.transforms import readable
 
-__all__ = ["are_large", "combine", "divide", "gram", "inner_products", "solve_rows", "squared_norms", "sum_over_rows"]
+__all__ = [
+    "are_large",
+    "combine",
+    "divide",
+    "gram",
+    "inner_products",
+    "nonzero_rows",
+    "solve_rows",
+    "squared_norms",
+    "sum_over_rows",
+]
 
 _LARGE = 2**19  # elements above which rows are taken in parts: 4 MiB in float64
 _PART_ELEMENTS = 2**17  # elements of a part on a CPU: 1 MiB in float64, for its cache
@@ -119,11 +129,13 @@ def combine(matrix: Tensor, rows: Tensor, products: Tensor) -> Tensor:
     return result
 
 
-def divide(rows: Tensor, by: Tensor) -> Tensor:
-    """``g_i / b_i``, in the dtype of the rows.
+def divide(rows: Tensor, by: Tensor, factor: Tensor | None = None) -> Tensor:
+    """``f g_i / b_i``, in the dtype of the rows, rounded once.
 
-    b is (N,) or one number for all, in the working dtype, and may be outside the range of the rows' dtype.
+    b is (N,) or one number for all, f one number (None: 1), in the working dtype, and may be outside the range of the
+    rows' dtype.
     """
+    by = by if factor is None else by / factor
     if not are_large(rows):
         return rows / by.unsqueeze(-1)
     result = torch.empty_like(rows)
@@ -133,9 +145,14 @@ def divide(rows: Tensor, by: Tensor) -> Tensor:
 
 
 def solve_rows(
-    inverse: Inverse, rows: Tensor, own: float, unit: Tensor | None = None, multiple: int = 1
+    inverse: Inverse,
+    rows: Tensor,
+    own: float,
+    unit: Tensor | None = None,
+    multiple: int = 1,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The step of every row, and ``g_i' A^-1 g_i``, (N, 1), which is finite only if the row and its step are.
+    """The step of every row, times the factor, and ``g_i' A^-1 g_i``, (N, 1), finite only if row and step are.
 
     Args:
         inverse: rows, any whole multiple of ``multiple``, to ``A^-1 g``.
@@ -144,13 +161,23 @@ def solve_rows(
             ``(A + w g g')^-1 g = A^-1 g / (1 + w g' A^-1 g)``.
         unit: the factor by which ``g g'`` of each row is too large; None: 1.
         multiple: how many consecutive rows belong together.
+        factor: no dimensions; None: 1. Rows that are not large have none.
     """
     if not are_large(rows):
         return _solve_rows(inverse, rows, own, unit)
     step, inner = torch.empty_like(rows), rows.new_empty(rows.shape[0], 1, dtype=working_dtype(rows.device))
     for at, part in _row_parts(rows, multiple):
-        step[at], inner[at] = _solve_rows(inverse, part, own, unit)
+        solved, inner[at] = _solve_rows(inverse, part, own, unit)
+        step[at] = solved if factor is None else solved * factor
     return step, inner
+
+
+def nonzero_rows(rows: Tensor) -> Tensor:
+    """Which rows hold anything but zeros, (N,)."""
+    if not are_large(rows):
+        return rows.any(-1)
+    # Two reductions of another kind take a quarter of the time of any() on a CPU. A NaN is not zero.
+    return (rows.amax(-1) != 0) | (rows.amin(-1) != 0)
 
 
 def _solve_rows(inverse: Inverse, rows: Tensor, own: float, unit: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,13 @@ A step is made at one of two moments:
   Hessian in closed form) reads it as it passes, and differentiates nothing.
 * **At once**, by a separate pass over the loss: second derivatives; one size for several boundaries (``size.py``); one
   layer that is called several times; several processes (collectives inside a backward pass might meet those of DDP in
-  another order on each rank); half precision (a seed chosen here keeps gradients from underflowing); losses of one
-  number for each sample (whose weights may be zero); operations that other terms share (``sharing.py``); and
-  ``on_nonfinite="raise"``.
+  another order on each rank); losses of one number for each sample (whose weights may be zero); operations that other
+  terms share (``sharing.py``); and ``on_nonfinite="raise"``.
+
+In half precision the gradient of a mean may underflow. bfloat16 has the range of float32, and nothing is done about it.
+In float16 the backward pass goes on from the loss with the seed that a pass of its own has, and the step is multiplied
+by the scale afterwards. Where the loss's gradient serves something beside the boundaries, a step in float16 is made at
+once; in both formats it is at the steps at which somebody looks for terms that share operations.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.autograd_graph import Boundary, is_preconditioned, mark_preconditioned
-from newton_plugin._derivatives.autograd import Parts, SinglePassError, own_parts
+from newton_plugin._derivatives.autograd import Parts, SinglePassError, own_parts, own_seed
 from newton_plugin._derivatives.closed_forms import ClosedForm
 from newton_plugin._derivatives.products import no_second_pass
+from newton_plugin._linalg.damped_inverse import HALF
 from newton_plugin._runtime.cuda_graphs import capturing
 from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.compute import compute_steps
 from newton_plugin._step.ends import Ends
-from newton_plugin._step.one_layer import HALF
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward
 from newton_plugin._step.settings import RuleSettings
@@ -70,7 +74,8 @@ def precondition(
         shared = sharing.read()
         look = sharing if sharing.due() and not shared else None
     waits = not again and _can_wait(loss, ends, settings)
-    if waits and not shared and "products" not in ends.sources:
+    half = not _formats(loss, ends).isdisjoint(HALF)
+    if waits and not shared and "products" not in ends.sources and not (half and look):
         senders, flow = _in_backward(loss, ends, settings, look)
     else:
         try:
@@ -90,14 +95,19 @@ def _can_wait(loss: Tensor, ends: Ends, settings: RuleSettings) -> bool:
     """Whether the steps may be made in the backward pass; the top of this file says why they may not."""
     return (
         loss.ndim == 0
-        and loss.dtype not in HALF
         and settings.on_nonfinite == "keep"
         and not ends.one_size
         and len(ends.calls) == len(ends.boundaries)
-        and all(b.dtype not in HALF and b.certain for b in ends.boundaries)
+        and all(b.certain for b in ends.boundaries)
+        and not (ends.beside and torch.float16 in _formats(loss, ends))
         and all(layout.rows for layout in ends.layouts)
         and not current_ranks(settings.sync).many
     )
+
+
+def _formats(loss: Tensor, ends: Ends) -> set[torch.dtype]:
+    """The dtypes of the loss and of the outputs at its boundaries."""
+    return {loss.dtype, *(boundary.dtype for boundary in ends.boundaries)}
 
 
 def _in_backward(
@@ -117,6 +127,7 @@ def _in_backward(
                 own, upstream = own_parts(loss, ends.boundaries, ends.observed)
         except SinglePassError:  # then nobody can look
             look = None
+    seed = own_seed(loss, ends.samples, settings.reduction) if torch.float16 in _formats(loss, ends) else None
     senders: list[Sender] = []
     for k, (layout, source, rule) in enumerate(zip(ends.layouts, ends.sources, ends.rules, strict=True)):
         hessians = source.hessians if isinstance(source, ClosedForm) else None
@@ -124,11 +135,12 @@ def _in_backward(
             hessians = lambda _: no_second_pass(cause)  # noqa: E731
         arrived = upstream[k]
         known = None if look is None or arrived is None else (arrived, look)
-        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians, known)
+        dtype = ends.boundaries[k].dtype
+        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians, known, dtype, seed)
         if isinstance(source, ClosedForm):
             source.node.register_hook(sender.record_upstream)
         senders.append(sender)
-    return senders, Flow(own=own, sharing=look)
+    return senders, Flow(own=own, sharing=look, seed=seed)
 
 
 def _scaled(parts: Parts, factor: float) -> Parts:

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._linalg.damped_inverse import working_dtype
+from newton_plugin._linalg.damped_inverse import HALF, working_dtype
+from newton_plugin._linalg.large_rows import nonzero_rows
 from newton_plugin._runtime.processes import Ranks
 from newton_plugin._runtime.transforms import readable
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.senders import all_if_none
 
-__all__ = ["HALF", "LayerStep", "step_of_layer"]
-
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["LayerStep", "step_of_layer"]
 
 
 class LayerStep:
@@ -58,12 +57,12 @@ def step_of_layer(
     # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
     if not len(rows) and not ranks.many:
         return LayerStep(rows, rows, 1, None)
-    counted = rows.any(-1).sum()
+    counted = nonzero_rows(rows).sum()
     live = all_if_none(counted, len(rows))
+    if rows.dtype in HALF:  # the step is scaled before it is rounded to them
+        rows = rows.to(torch.float32 if rule.streams(rows) else working_dtype(rows.device))
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(rows):
-        if rows.dtype in HALF:
-            rows = rows.to(working_dtype(rows.device))
         share = live.to(rows.dtype) / len(rows)
         rows = rows * share
     # A rank whose rows are all ignored counts as none in the mean over the ranks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
 from newton_plugin._derivatives.products import Probing
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
-from newton_plugin._linalg.damped_inverse import working_dtype
+from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 from newton_plugin._runtime.transforms import readable
 from newton_plugin._step.size import Gain
@@ -40,7 +40,7 @@ class StepRule:
         on_nonfinite: keep a gradient that is not finite, or raise.
         probing: what is known about differentiating this loss twice.
         gain: how much longer the rule made the last gradients; kept where a loss has one size for several boundaries.
-        last: the last step.
+        last: the last step; without its rows, where ``last.sizes`` says how large they were.
         last_gradient: its rows, where ``last.sizes`` does not say how large they were.
         last_weight: their weight, where the rows were streamed.
         last_factor: what the last step was multiplied by before it was sent; None: by nothing.
@@ -88,9 +88,10 @@ class StepRule:
         """
         return self.curvature.needs_hessian and (self.wants_products(features) or self.curvature.refresh_every == 1)
 
-    def streams(self, gradient: Tensor) -> bool:
-        """Whether the curvature takes these rows in their own dtype."""
-        return gradient.dtype in (torch.float32, torch.float64) and self.curvature.streams(gradient)
+    def streams(self, gradient: Tensor, factor: Tensor | None = None) -> bool:
+        """Whether the curvature takes these rows in their own dtype, and multiplies their steps by the factor."""
+        simple = factor is None and gradient.dtype not in HALF
+        return (simple or self.curvature.takes_factor) and self.curvature.streams(gradient)
 
     def __call__(
         self,
@@ -100,6 +101,7 @@ class StepRule:
         groups: int = 1,
         weight: Tensor | None = None,
         live: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> CurvatureStep:
         """The curvature's step for these rows, judged.
 
@@ -111,12 +113,13 @@ class StepRule:
             groups: rows of one sample.
             weight: of rows that are streamed; see :meth:`Curvature.step`.
             live: the number of rows that have a gradient, no dimensions; None: all.
+            factor: by which the steps of rows that are streamed are multiplied; see :meth:`Curvature.step`.
         """
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(gradient.device.type)):
             # A backward pass. To enter contexts costs as much as an operation.
-            return self._judged(gradient, hvp, ranks, groups, weight, live)
+            return self._judged(gradient, hvp, ranks, groups, weight, live, factor)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            return self._judged(gradient, hvp, ranks, groups, weight, live)
+            return self._judged(gradient, hvp, ranks, groups, weight, live, factor)
 
     def _judged(
         self,
@@ -126,6 +129,7 @@ class StepRule:
         groups: int,
         weight: Tensor | None,
         live: Tensor | None,
+        factor: Tensor | None,
     ) -> CurvatureStep:
         curvature = self.curvature
         more: dict[str, Any] = {}  # arguments beyond the first three
@@ -137,6 +141,8 @@ class StepRule:
             gradient = gradient.to(working_dtype(gradient.device))
         elif weight is not None:
             more["weight"] = weight
+            if factor is not None:
+                more["factor"] = factor
         if live is not None and curvature.takes_live:
             more["live"] = live
         if curvature.structure == "block":
@@ -153,6 +159,10 @@ class StepRule:
         self._count(taken, result)
         self.last, self.last_weight, self.last_factor = result, weight, None
         self.last_gradient = gradient if result.sizes is None else None
+        if result.sizes is not None:  # nobody asks for the step itself, and it may be large
+            self.last = replace(result, step=result.step.new_empty(len(result.step), 0))
+        elif factor is not None:
+            self.last_factor = factor.reciprocal()
         return result
 
     def _check_takes_ranks(self) -> None:

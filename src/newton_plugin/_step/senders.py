@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.rows import RowLayout
+from newton_plugin._curvature.protocol import CurvatureStep
 from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._linalg.damped_inverse import working_dtype
+from newton_plugin._linalg.damped_inverse import HALF, working_dtype
+from newton_plugin._linalg.large_rows import nonzero_rows
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.sharing import Sharing
 
@@ -77,6 +79,8 @@ class StepInBackward:
             products that raise why there are none.
         own_upstream: what the loss alone sends to that operation, for a loss gradient of 1, and who knows whether
             others send there, too; None: nobody looks.
+        dtype: of the outputs; None: that of the gradient that arrives.
+        seed: with which the pass goes on from the loss, whatever scale arrives there; None: with that scale.
     """
 
     def __init__(
@@ -86,14 +90,19 @@ class StepInBackward:
         mean: bool,
         hessians: Callable[[Tensor], SampleHessians] | None,
         own_upstream: tuple[Tensor, Sharing] | None = None,
+        dtype: torch.dtype | None = None,
+        seed: float | None = None,
     ) -> None:
         self.waits = True
+        self._dtype = dtype
+        self._seed = seed
         self._layout = layout
         self._rule = rule
         self._mean = mean
         self._hessians = hessians
         self._own_upstream = own_upstream
         self._upstream: Tensor | None = None
+        self._computed: ComputedStep | None = None
         self._sent: Tensor | None = None
         self._scale: Tensor | None = None
 
@@ -106,7 +115,9 @@ class StepInBackward:
         dtype = working_dtype(gradient.device)
         arrived = self._layout.to_rows(gradient)
         live = live_rows(arrived)
-        weight = _weight(scale.to(dtype), live, self._mean)
+        factor = None if self._seed is None else scale.to(dtype).reshape(()) / self._seed  # of what is sent
+        scale_here = scale if self._seed is None else torch.full_like(scale, self._seed, dtype=dtype)
+        weight = _weight(scale_here.to(dtype), live, self._mean)  # of what arrives
         hessians = None
         if self._hessians is not None:
             upstream = gradient.new_zeros(()) if self._upstream is None else self._upstream
@@ -115,20 +126,28 @@ class StepInBackward:
                 upstream = torch.where(sharing.seen(upstream), own * scale.to(own).reshape(()), upstream)
             hessians = self._hessians(_unweighted(upstream, weight))
         # A loss that was multiplied by zero gives 0 / 0 here: not finite, so this batch changes no running mean.
-        if self._rule.streams(arrived):
-            result = self._rule(arrived, hessians, groups=self._layout.groups, weight=weight, live=live)
-            step = result.step
+        groups = self._layout.groups
+        if self._rule.streams(arrived, factor):
+            result = self._rule(arrived, hessians, groups=groups, weight=weight, live=live, factor=factor)
+            sent = _if_taken(result, arrived, factor)
+            self._sent = sent if self._dtype is None else sent.to(self._dtype)
         else:
-            result = self._rule(_unweighted(arrived, weight), hessians, groups=self._layout.groups, live=live)
-            step = torch.mul(result.step, weight, out=torch.empty_like(arrived))
-        taken = result.finiteness.taken
-        assert taken is not None
-        # Where the step is not taken, the gradient goes on as it arrived.
-        self._sent = torch.where(taken, step, arrived, out=step if step is result.step else None)
+            own = _unweighted(arrived, weight)
+            result = self._rule(own, hessians, groups=groups, live=live)
+            taken = result.finiteness.taken
+            assert taken is not None
+            if factor is None and arrived.dtype not in HALF:
+                step = torch.mul(result.step, weight, out=torch.empty_like(arrived))
+                self._sent = torch.where(taken, step, arrived)
+            else:  # rounded once it is scaled, in every further pass, too
+                step = torch.where(taken, result.step, own)
+                self._computed = ComputedStep(step, self._layout, live, "mean" if self._mean else "sum")
         self._scale = scale
         self.waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
 
     def send(self, scale: Tensor) -> Tensor:
+        if self._computed is not None:
+            return self._computed.send(scale)
         sent = self._sent
         assert sent is not None
         assert self._scale is not None
@@ -139,12 +158,21 @@ class StepInBackward:
 
 def live_rows(rows: Tensor) -> Tensor:
     """How many rows have a gradient: what a loss ignores has none, and is no sample of it. All rows if none has one."""
-    return all_if_none(rows.any(-1).sum(), len(rows))
+    return all_if_none(nonzero_rows(rows).sum(), len(rows))
 
 
 def all_if_none(live: Tensor, rows: int) -> Tensor:
     """``live``, or the number of rows where it is zero: a batch that is solved counts as it is."""
     return live.masked_fill(live == 0, rows)
+
+
+def _if_taken(result: CurvatureStep, arrived: Tensor, factor: Tensor | None) -> Tensor:
+    """The step of rows that are streamed; where it is not taken, the gradient goes on as it arrived."""
+    taken, step = result.finiteness.taken, result.step
+    assert taken is not None
+    if taken.device.type == "cpu" and bool(taken):  # elsewhere a look would wait for the device
+        return step
+    return torch.where(taken, step, arrived if factor is None else arrived * factor, out=step)
 
 
 def _weight(scale: Tensor, samples: Tensor | int, mean: bool) -> Tensor:

@@ -4,7 +4,7 @@ The operations that use the outputs y *within this loss* are its consumers. The 
 towards y by ``scale * step``: one of them sends all of it, the others send zero. The scale is the gradient that arrives
 at the loss itself: 1, or 65536 under a GradScaler, or 1/4 under accumulation. What reaches y by operations outside this
 loss (a regulariser, another loss, a deeper head) is added to the step unchanged. The value of the loss stays the user's
-own.
+own. In float16, whose range is small, the pass may go on from the loss with a seed of ours in place of the scale.
 
 Where operations between the loss and y also serve other terms, the consumers send the sum of both gradients. Two
 things keep them apart. At a step at which somebody looks (``sharing.py``), the loss's own part of what each consumer
@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._boundary.autograd_graph import Boundary
+from newton_plugin._boundary.autograd_graph import Boundary, operation
 from newton_plugin._derivatives.autograd import Parts
 from newton_plugin._errors import NoGradientError, TransformError
+from newton_plugin._linalg.damped_inverse import HALF
 from newton_plugin._runtime.transforms import batched
 from newton_plugin._step.senders import Sender
 from newton_plugin._step.sharing import Sharing, separate
@@ -45,6 +46,8 @@ class Flow:
         shared: whether other terms are known to use operations of this loss. Then ``own`` is needed where something
             lies beside the boundaries.
         beside: whether the loss reaches anything but its boundaries.
+        seed: what flows on from the loss in place of the gradient that arrives there, where nothing lies beside the
+            boundaries; None: that gradient. The senders know it.
     """
 
     size: Tensor | None = None
@@ -52,6 +55,7 @@ class Flow:
     sharing: Sharing | None = None
     shared: bool = False
     beside: bool = False
+    seed: float | None = None
 
 
 class _Splice:
@@ -89,6 +93,8 @@ class _Splice:
         torch.autograd.Variable._execution_engine.queue_callback(self.stop)
         if self.silent:
             return torch.zeros_like(scale)
+        if self.flow.seed is not None:
+            return torch.full_like(scale, self.flow.seed)
         size = self.flow.size
         # In the wider dtype: a size may be beyond half precision where its product with the scale is not.
         return None if size is None else (scale.to(size.dtype) * size).to(scale.dtype)
@@ -98,10 +104,12 @@ class _Splice:
         self.scale = None
         self.received = []
 
-    def consumer_hook(self, which: int, number: int, positions: Sequence[int]) -> Callable[[Any, Any], Any]:
-        """A post-hook for consumer ``number`` of boundary ``which``."""
+    def consumer_hook(self, which: int, number: int, positions: Sequence[int], cast: bool) -> Callable[[Any, Any], Any]:
+        """A post-hook for consumer ``number`` of boundary ``which``; ``cast``: it changes nothing but the dtype."""
 
-        def hook(grad_inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...] | None:
+        def hook(
+            grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
+        ) -> tuple[Tensor | None, ...] | None:
             if self.scale is None or self.task != torch._C._current_graph_task_id():  # type: ignore[attr-defined]
                 return None
             grads = list(grad_inputs)
@@ -116,6 +124,8 @@ class _Splice:
             self.left[which] -= 1
             if sender.waits:
                 for grad in mine.values():
+                    if cast and self.flow.own is None:
+                        grad = _before_rounding(grad, grad_outputs[0])
                     before = self.received[which]
                     self.received[which] = grad.detach() if before is None else before + grad.detach()
                 if self.left[which] == 0:
@@ -188,5 +198,12 @@ def splice(loss: Tensor, boundaries: Sequence[Boundary], senders: Sequence[Sende
     marks[mark] = shared
     for which, boundary in enumerate(boundaries):
         for number, (node, positions) in enumerate(boundary.consumers):
-            node.register_hook(shared.consumer_hook(which, number, positions))
+            node.register_hook(shared.consumer_hook(which, number, positions, operation(node) == "ToCopy"))
     loss.register_hook(shared.start)
+
+
+def _before_rounding(sent: Tensor, arrived: Tensor | None) -> Tensor:
+    """What a cast sends to outputs in half precision, as it arrived at the cast: in the dtype of the loss."""
+    if arrived is None or sent.dtype not in HALF or arrived.dtype in HALF or arrived.device != sent.device:
+        return sent
+    return arrived
