@@ -53,8 +53,8 @@ class NewtonLosses(CallbackBase):
             models; None: read off the kind of output, where that tells.
         label_smoothing: of the default loss, in [0, 1]. ``TrainingArguments.label_smoothing_factor`` has no effect
             with any ``compute_loss_func``.
-        curvature, damping, structure, power, feature_dims, sync: see :class:`newton_plugin.LossHook`. A matrix C
-            over a vocabulary of V words (structure "mean") is of V x V numbers; see ``docs/integrations.md``.
+        curvature, damping, structure, power, feature_dims, sync, compile_step: see :class:`newton_plugin.LossHook`.
+            A matrix C over a vocabulary of V words (structure "mean") is of V x V numbers; see ``docs/integrations.md``.
         log: as a callback, add the diagnostics of the last step to the logs.
 
     Raises:
@@ -84,6 +84,7 @@ class NewtonLosses(CallbackBase):
         power: float = 1,
         feature_dims: int | list[int] | None = None,
         sync: bool = True,
+        compile_step: bool = False,
         log: bool = True,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
@@ -105,6 +106,7 @@ class NewtonLosses(CallbackBase):
             boundary="rows",
             feature_dims=feature_dims,
             sync=sync,
+            compile_step=compile_step,
             module=self._rows,
         )
         self._initial_state = copy.deepcopy(self.hook.state_dict())

@@ -63,6 +63,10 @@ class LossHook:
         sync: average the curvature over all processes of ``torch.distributed``, if there are several: R ranks then
             take the step of one process with the whole batch, and all of them must call the hook at every step.
             False: each rank uses the C of its own samples, and a running mean of its own.
+        compile_step: compile what happens between gradient and step by ``torch.compile``: 4 to 6 kernels in place of
+            about 30 operations, after some seconds at the first step and at the first other batch size. Of rules that
+            need no Hessian, where the step is made in the ordinary backward pass; elsewhere it changes nothing. Without
+            a compiler steps are eager, with one warning.
         module: the model, where ``boundary`` names a part of it; the same as :meth:`attach`.
 
     Raises:
@@ -88,9 +92,12 @@ class LossHook:
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
         sync: bool = True,
+        compile_step: bool = False,
         module: nn.Module | None = None,
     ) -> None:
-        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
+        self._settings = RuleSettings(
+            curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync, compile_step
+        )
         self.boundary = boundary
         self._search = BoundarySearch(boundary)
         self._states = RunningStates(self._settings)

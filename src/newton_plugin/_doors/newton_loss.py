@@ -52,7 +52,8 @@ class NewtonLoss(nn.Module):
 
     Args:
         loss_fn: a function or module that returns one number, or one for each sample.
-        curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync: see :class:`LossHook`.
+        curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync, compile_step: see
+            :class:`LossHook`.
         outputs: which argument holds the model's outputs: a position, a name, or several of them. Arguments that
             different layers made have a curvature each; those of one layer's calls share one. For a method, positions
             count from the first argument after ``self``.
@@ -77,12 +78,15 @@ class NewtonLoss(nn.Module):
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
         sync: bool = True,
+        compile_step: bool = False,
     ) -> None:
         super().__init__()
         if not callable(loss_fn):
             raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
         self.loss_fn = loss_fn
-        self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
+        self._settings = RuleSettings(
+            curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync, compile_step
+        )
         self._outputs = check_outputs(outputs)
         self._rules: dict[str, StepRule] = {}
         self._used: list[StepRule] = []
@@ -241,6 +245,7 @@ def newton_loss(
     feature_dims: int | Sequence[int] | None = None,
     on_nonfinite: OnNonfinite = "keep",
     sync: bool = True,
+    compile_step: bool = False,
 ) -> Any:
     """Wrap a loss function, ``newton_loss(fn)``, or decorate one, ``@newton_loss(damping=0.1)``.
 
@@ -267,6 +272,7 @@ def newton_loss(
         feature_dims=feature_dims,
         on_nonfinite=on_nonfinite,
         sync=sync,
+        compile_step=compile_step,
     )
     return wrap if loss_fn is None else wrap(loss_fn)
 

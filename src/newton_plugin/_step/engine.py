@@ -33,6 +33,7 @@ from newton_plugin._derivatives.products import no_second_pass
 from newton_plugin._linalg.damped_inverse import HALF
 from newton_plugin._runtime.cuda_graphs import capturing
 from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._step.compiled import compiled_step
 from newton_plugin._step.compute import compute_steps
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule
@@ -128,6 +129,7 @@ def _in_backward(
         except SinglePassError:  # then nobody can look
             look = None
     seed = own_seed(loss, ends.samples, settings.reduction) if torch.float16 in _formats(loss, ends) else None
+    compiled = compiled_step(settings)
     senders: list[Sender] = []
     for k, (layout, source, rule) in enumerate(zip(ends.layouts, ends.sources, ends.rules, strict=True)):
         hessians = source.hessians if isinstance(source, ClosedForm) else None
@@ -136,7 +138,7 @@ def _in_backward(
         arrived = upstream[k]
         known = None if look is None or arrived is None else (arrived, look)
         dtype = ends.boundaries[k].dtype
-        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians, known, dtype, seed)
+        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians, known, dtype, seed, compiled)
         if isinstance(source, ClosedForm):
             source.node.register_hook(sender.record_upstream)
         senders.append(sender)

@@ -13,8 +13,8 @@ from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._linalg.large_rows import nonzero_rows
 from newton_plugin._runtime.processes import Ranks
 from newton_plugin._runtime.transforms import readable
+from newton_plugin._step.rows import all_if_none
 from newton_plugin._step.rule import StepRule
-from newton_plugin._step.senders import all_if_none
 
 __all__ = ["LayerStep", "step_of_layer"]
 

@@ -58,6 +58,7 @@ class StepRule:
     last_weight: Tensor | None = None
     last_factor: Tensor | None = None
     explicit: bool = False
+    _complete: bool = False  # whether :meth:`tensors` holds all that there will be
     _structural_fallbacks: int = 0
     _gradients_not_stepped: Tensor | None = None
     _zero_hessians: Tensor | None = None
@@ -266,6 +267,16 @@ class StepRule:
         self._gradients_not_stepped, self._zero_hessians = state["kept"], state["zero"]
         self.explicit = True
 
+    def complete_state(self, gradient: Tensor, groups: int) -> dict[str, Any]:
+        """:meth:`tensors`, with those of :meth:`initial_state` where nothing has come yet."""
+        state = self.tensors()
+        return state if self._complete else _filled(self.initial_state(gradient, groups), state)
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """The running state after a step that somebody else has taken from :meth:`complete_state`."""
+        self.restore(state)
+        self.explicit, self._complete = False, True
+
     def tensors(self) -> dict[str, Any]:
         """The running state as tensors in dictionaries: what :meth:`restore` takes."""
         return {
@@ -310,7 +321,7 @@ class StepRule:
         self.curvature.load_state_dict(state["curvature"])
         self.damping.load_state_dict(state["damping"])
         self.gain.load_state_dict(state.get("gain", {}))
-        self._structural_fallbacks = state["structural_fallbacks"]
+        self._structural_fallbacks, self._complete = state["structural_fallbacks"], False
         self._gradients_not_stepped, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 
 
@@ -320,6 +331,18 @@ def _counted(count: Tensor | None, more: Tensor, in_place: bool) -> Tensor:
         return more.to(torch.int64)
     count = count.to(more.device)
     return count.add_(more) if in_place else count + more  # in place, the replays of a CUDA graph go on counting
+
+
+def _filled(fresh: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """``fresh``, with the tensors of ``state`` where it has them."""
+    made = {}
+    for name, value in fresh.items():
+        given = state.get(name)
+        if isinstance(value, dict):
+            made[name] = _filled(value, given or {})
+        else:
+            made[name] = value if given is None else given
+    return made
 
 
 def _means_are_finite(state: dict[str, Any]) -> bool:

@@ -13,11 +13,12 @@ from newton_plugin._curvature.protocol import CurvatureStep
 from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
-from newton_plugin._linalg.large_rows import nonzero_rows
+from newton_plugin._step.compiled import CompiledStep
+from newton_plugin._step.rows import live_rows
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.sharing import Sharing
 
-__all__ = ["ComputedStep", "Sender", "StepInBackward", "all_if_none", "live_rows"]
+__all__ = ["ComputedStep", "Sender", "StepInBackward"]
 
 
 class Sender(Protocol):
@@ -92,8 +93,10 @@ class StepInBackward:
         own_upstream: tuple[Tensor, Sharing] | None = None,
         dtype: torch.dtype | None = None,
         seed: float | None = None,
+        compiled: CompiledStep | None = None,
     ) -> None:
         self.waits = True
+        self._compiled = compiled
         self._dtype = dtype
         self._seed = seed
         self._layout = layout
@@ -114,6 +117,16 @@ class StepInBackward:
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
         dtype = working_dtype(gradient.device)
         arrived = self._layout.to_rows(gradient)
+        if (
+            self._compiled is not None
+            and self._hessians is None
+            and self._seed is None
+            and arrived.dtype == self._dtype
+        ):
+            sent = self._compiled(self._rule, arrived, scale, self._layout.groups)
+            if sent is not None:
+                self._sent, self._scale, self.waits = sent, scale, False
+                return
         live = live_rows(arrived)
         factor = None if self._seed is None else scale.to(dtype).reshape(()) / self._seed  # of what is sent
         scale_here = scale if self._seed is None else torch.full_like(scale, self._seed, dtype=dtype)
@@ -154,16 +167,6 @@ class StepInBackward:
         if scale is not self._scale:  # a further pass through a graph that was retained
             sent = sent * (scale.to(working_dtype(sent.device)) / self._scale)
         return self._layout.from_rows(sent)
-
-
-def live_rows(rows: Tensor) -> Tensor:
-    """How many rows have a gradient: what a loss ignores has none, and is no sample of it. All rows if none has one."""
-    return all_if_none(nonzero_rows(rows).sum(), len(rows))
-
-
-def all_if_none(live: Tensor, rows: int) -> Tensor:
-    """``live``, or the number of rows where it is zero: a batch that is solved counts as it is."""
-    return live.masked_fill(live == 0, rows)
 
 
 def _if_taken(result: CurvatureStep, arrived: Tensor, factor: Tensor | None) -> Tensor:

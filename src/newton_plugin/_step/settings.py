@@ -75,12 +75,18 @@ class RuleSettings:
     feature_dims: int | Sequence[int] | None = None
     on_nonfinite: OnNonfinite = "keep"
     sync: bool = True
+    compile_step: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.sync, bool):
             raise ArgumentTypeError(
                 f"sync must be True or False; got {self.sync!r} of type {type(self.sync).__name__}. True averages "
                 "the curvature over all processes of a distributed run."
+            )
+        if not isinstance(self.compile_step, bool):
+            raise ArgumentTypeError(
+                f"compile_step must be True or False; got {self.compile_step!r} of type "
+                f"{type(self.compile_step).__name__}. True compiles the step by torch.compile."
             )
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("on_nonfinite", self.on_nonfinite, ("keep", "raise"))

@@ -1,0 +1,139 @@
+"""``compile_step=True``: one boundary's step in a few kernels, compiled as the pure function that it is.
+
+Only what lies between the gradient that arrives and the step that goes on is compiled: rows in, rows out, states in,
+states out. The backward pass around it stays as it is. It is compiled once for a shape and once more for all others,
+never at every step; what cannot be compiled is done eagerly, with one warning.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from newton_plugin._curvature.finiteness import Finiteness
+from newton_plugin._curvature.protocol import CurvatureStep
+from newton_plugin._derivatives.autograd import first_line
+from newton_plugin._linalg.damped_inverse import HALF, working_dtype
+from newton_plugin._linalg.large_rows import nonzero_rows, squared_norms
+from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic
+from newton_plugin._runtime.cuda_graphs import capturing
+from newton_plugin._runtime.processes import ONE_PROCESS
+from newton_plugin._step.rows import all_if_none
+from newton_plugin._step.rule import StepRule
+from newton_plugin._step.settings import RuleSettings
+
+__all__ = ["CompiledStep", "compiled_step"]
+
+_STEPS: dict[int, CompiledStep] = {}  # by the identity of their settings, which they keep alive
+_MOST_SETTINGS = 64
+
+
+class CompiledStep:
+    """The step of rules that are made alike; every rule keeps its own state.
+
+    Args:
+        settings: make a rule without a state.
+    """
+
+    def __init__(self, settings: RuleSettings) -> None:
+        self._settings = settings
+        self._functions: dict[tuple[TreeSpec, int], Callable[..., Any]] = {}
+        self._off = False
+
+    def __call__(self, rule: StepRule, arrived: Tensor, scale: Tensor, groups: int) -> Tensor | None:
+        """What enters the network for rows that arrive, in their dtype; the rule is as after a step.
+
+        Args:
+            rule: holds the running state.
+            arrived: rows (N, m), as the backward pass brings them.
+            scale: the gradient at the loss.
+            groups: rows of one sample.
+
+        Returns:
+            The rows that are sent; None where they are not to be had by what is compiled: nothing has changed then.
+        """
+        if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived):
+            return None
+        leaves, form = tree_flatten(rule.complete_state(arrived, groups))
+        try:
+            function = self._functions.get((form, groups))
+            if function is None:
+                function = self._functions[form, groups] = _compiled(self._settings, groups, form)
+            with warnings.catch_warnings():  # the compiler warns of itself
+                warnings.simplefilter("ignore")
+                sent, taken, damping, sizes, weight, *after = function(arrived, scale.reshape(()), *leaves)
+        except Exception as error:  # of the compiler, whatever it is
+            self._off = True
+            warnings.warn(
+                "newton_plugin: compile_step=True, but torch.compile cannot compile the step here "
+                f"({type(error).__name__}: {first_line(error)}). Steps are eager from now on, and the same.",
+                UserWarning,
+                stacklevel=2,
+            )
+            return None
+        matrix = after.pop(0) if len(after) > len(leaves) else None
+        rule.take_over(tree_unflatten(after, form))
+        rule.last = CurvatureStep(
+            sent,
+            damping,
+            matrix,
+            lambda: _extremes(rule.curvature.structure, matrix, arrived, weight),
+            finiteness=Finiteness(taken=taken),
+            sizes=lambda: (sizes[0], sizes[1]),
+        )
+        rule.last_gradient = rule.last_weight = rule.last_factor = None
+        return sent
+
+
+def compiled_step(settings: RuleSettings) -> CompiledStep | None:
+    """The compiled step of rules with these settings, the same for all of them; None if they ask for none."""
+    if not settings.compile_step:
+        return None
+    key = id(settings)
+    found = _STEPS.get(key)
+    if found is None or found._settings is not settings:
+        while len(_STEPS) >= _MOST_SETTINGS:
+            _STEPS.pop(next(iter(_STEPS)))
+        found = _STEPS[key] = CompiledStep(settings)
+    return found
+
+
+def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[..., Any]:
+    """The step as one compiled function of tensors."""
+
+    def step(arrived: Tensor, scale: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        rule = settings.build()
+        rule.restore(tree_unflatten(list(leaves), form))
+        live = all_if_none(nonzero_rows(arrived).sum(), len(arrived))
+        scale = scale.to(working_dtype(arrived.device))
+        weight = scale / live if settings.reduction == "mean" else scale
+        gradient = arrived / weight.reshape(1)
+        result = rule(gradient, None, ONE_PROCESS, groups, live=live)
+        taken = result.finiteness.taken
+        assert taken is not None
+        sent = torch.where(taken, (result.step * weight).to(arrived.dtype), arrived)
+        sizes = torch.stack([squared_norms(gradient).sum(), squared_norms(result.step).sum()])
+        matrix = () if result.matrix is None else (result.matrix,)
+        return sent, taken, result.damping, sizes, weight, *matrix, *tree_flatten(rule.tensors())[0]
+
+    # The compiler counts its compilations by code, and gives up on one that it has compiled eight times. Each of ours
+    # has a code of its own, so that other losses do not count here.
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
+    return torch.compile(own, fullgraph=True)
+
+
+def _extremes(structure: str, matrix: Tensor | None, arrived: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest eigenvalue of C, for people."""
+    if matrix is not None:
+        return {"isotropic": Isotropic, "diagonal": Diagonal}.get(structure, Dense)(matrix).extremes()
+    if structure == "per_sample":
+        squared = squared_norms(arrived) / weight.square()
+        return (torch.zeros_like(weight) if arrived.shape[1] > 1 else squared.min()), squared.max()
+    unknown = torch.full_like(weight, torch.nan)
+    return unknown, unknown
