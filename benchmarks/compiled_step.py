@@ -1,6 +1,6 @@
 """What ``compile_step=True`` brings: kernels in place of operations, and the time of a training step.
 
-    python -m benchmarks.compiled_step            # about five minutes; writes benchmarks/results/compiled_step.md, .json
+    python -m benchmarks.compiled_step      # about five minutes; writes benchmarks/results/compiled_step.{md,json}
 
 **Kernels.** For outputs (128, m) the operations that the step launches beside a plain backward pass (a dispatch mode
 counts them; views and allocations are not counted), and the kernels of the code that torch.compile makes of them. That
@@ -135,11 +135,17 @@ def main() -> None:
 
 
 def report(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
-    kernel_rows = [
-        [row["rule"], row["m"], row["operations"], row["kernels"], f"{row['seconds']:.0f} s"] for row in counted
-    ]
+    kernel_rows = [{**row, "seconds": round(row["seconds"])} for row in counted]
+    names = {"operations": "operations, eager", "kernels": "kernels, compiled", "seconds": "seconds of the first step"}
+    kernel_rows = [{names.get(k, k): v for k, v in row.items()} for row in kernel_rows]
     time_rows = [
-        [row["network"], f"{row['plain_ms']:.1f} ms", name, f"{row[name]:.3f}", f"{row[f'{name}, compiled']:.3f}"]
+        {
+            "network": row["network"],
+            "plain, ms": round(row["plain_ms"], 1),
+            "rule": name,
+            "eager": f"{row[name]:.3f}",
+            "compiled": f"{row[f'{name}, compiled']:.3f}",
+        }
         for row in timed
         for name in RULES
     ]
@@ -151,14 +157,14 @@ def report(counted: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
             "",
             "## Kernels",
             "",
-            "Outputs (128, m). Operations: what the eager step launches beside a plain backward pass. Kernels: of the code",
-            "that torch.compile makes, for the CPU. First step: with compilation.",
+            "Outputs (128, m). Operations: what the eager step launches beside a plain backward pass. Kernels: of the",
+            "code that torch.compile makes, for the CPU. The first step compiles.",
             "",
-            markdown(["rule", "m", "operations", "kernels", "first step"], kernel_rows),
+            markdown(kernel_rows),
             "",
             "## Time of a training step, as a ratio to the plain one",
             "",
-            markdown(["network", "plain", "rule", "eager", "compiled"], time_rows),
+            markdown(time_rows),
             "",
         ]
     )

@@ -54,7 +54,8 @@ class NewtonLosses(CallbackBase):
         label_smoothing: of the default loss, in [0, 1]. ``TrainingArguments.label_smoothing_factor`` has no effect
             with any ``compute_loss_func``.
         curvature, damping, structure, power, feature_dims, sync, compile_step: see :class:`newton_plugin.LossHook`.
-            A matrix C over a vocabulary of V words (structure "mean") is of V x V numbers; see ``docs/integrations.md``.
+            A matrix C over a vocabulary of V words (structure "mean") is of V x V numbers; see
+            ``docs/integrations.md``.
         log: as a callback, add the diagnostics of the last step to the logs.
 
     Raises:
