@@ -40,8 +40,10 @@ from torch import Tensor
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.overriding import arguments_of, holds
+from newton_plugin._curvature.statistics import Statistics
 from newton_plugin._derivatives.sample_hessians import HVP
 from newton_plugin._errors import ShapeError, check_choice
+from newton_plugin._runtime.processes import Ranks
 
 __all__ = [
     "HVP",
@@ -117,6 +119,8 @@ class Curvature(ABC):
     takes_ranks: ClassVar[bool] = False
     takes_weight: ClassVar[bool] = False
     takes_live: ClassVar[bool] = False
+    names_statistics: ClassVar[bool] = False
+    names_knowledge: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # What step() is given beyond its first three arguments: read once, where the class is defined.
@@ -125,6 +129,8 @@ class Curvature(ABC):
         cls.takes_ranks = "ranks" in arguments
         cls.takes_live = "live" in arguments
         cls.takes_weight = "weight" in arguments and holds(cls, "streams", "step")
+        cls.names_statistics = holds(cls, "statistics", "step")
+        cls.names_knowledge = holds(cls, "knowledge", "step")
 
     @abstractmethod
     def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
@@ -157,6 +163,26 @@ class Curvature(ABC):
     def streams(self, gradient: Tensor) -> bool:
         """Whether the next step takes these rows in their own dtype, with their weight; see :meth:`step`."""
         return False
+
+    @property
+    def one_number(self) -> bool:
+        """Whether :meth:`statistics` names one number at every step, whatever the outputs."""
+        return False
+
+    def statistics(
+        self, gradient: Tensor, damping: Damping, ranks: Ranks, groups: int = 1, live: Tensor | None = None
+    ) -> Statistics | None:
+        """What the next step will ask ``ranks.mean`` for, named before it: the numbers of all layers travel together.
+
+        Called where there are several processes, with what :meth:`step` gets. A step that passes the same tensor
+        ``total`` to ``ranks.mean`` then gets the answer at once. None: the step asks as it goes. It counts only if no
+        class further down defines :meth:`step`.
+        """
+        return None
+
+    def knowledge(self, gradient: Tensor, hvp: HVP | None, damping: Damping, groups: int = 1) -> int | None:
+        """As :meth:`statistics`: the code, 0 to 5, that the next step will pass to ``ranks.worst``; None: none."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """The running state as plain types and tensors; empty by default."""

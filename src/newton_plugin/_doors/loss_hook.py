@@ -25,12 +25,13 @@ from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, ref
 from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
 from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
-from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError
+from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.engine import precondition
+from newton_plugin._step.exchange import tell, telling
 from newton_plugin._step.rule import OnNonfinite, StepRule
-from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice, Sync
 from newton_plugin._step.sharing import Sharing
 
 __all__ = ["LossHook"]
@@ -61,7 +62,9 @@ class LossHook:
             (for debugging: it waits for the device at every step).
         sync: average the curvature over all processes of ``torch.distributed``, if there are several: R ranks then
             take the step of one process with the whole batch, and all of them must call the hook at every step.
-            False: each rank uses the C of its own samples, and a running mean of its own.
+            "lagged": the same with the averages of the step before, and no rank waits for another; for curvatures
+            whose statistics are one number (Fisher with structure "isotropic" or "per_sample", "norm"); see
+            docs/several-processes.md. False: each rank uses the C of its own samples, and a running mean of its own.
         module: the model, where ``boundary`` names a part of it; the same as :meth:`attach`.
 
     Raises:
@@ -86,7 +89,7 @@ class LossHook:
         boundary: str | Sequence[str] = "auto",
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
-        sync: bool = True,
+        sync: Sync = True,
         module: nn.Module | None = None,
     ) -> None:
         self._settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync)
@@ -175,13 +178,14 @@ class LossHook:
             NoBoundaryError: at the first call, if no outputs were found under the loss.
             ShapeError: more than one number.
             BatchCoupledError, OutputsTooLargeError: see :class:`newton_plugin.Hessian`.
-            RanksDisagreeError: on every rank, if the ranks do not find the same boundaries.
+            RanksDisagreeError: on every rank, if the ranks do not find the same boundaries; with sync="lagged", and on
+                accelerators where nothing waits for the device, at the next call.
         """
         _check_loss(loss)
         if not torch.is_grad_enabled():
             return loss
         if self._found_once and loss.is_leaf and loss.requires_grad:  # an empty batch's loss that stands for itself
-            current_ranks(self._settings.sync).agree("no boundary")
+            tell("no boundary", loss, self._settings)
             self._skipped += 1
             return loss
         _check_graph(loss)
@@ -204,14 +208,10 @@ class LossHook:
 
     def _find_on_every_rank(self, loss: Tensor) -> Cut:
         """:meth:`_find`. A rank without boundaries tells the other ranks, which would wait for its part of the mean."""
-        ranks = current_ranks(self._settings.sync)
-        try:
+        with telling(loss, self._settings):
             cut = self._find(loss)
-        except NewtonPluginError as error:
-            ranks.agree(f"{type(error).__name__}: {error}")
-            raise
         if not cut.boundaries:
-            ranks.agree("no boundary")
+            tell("no boundary", loss, self._settings)
         return cut
 
     def _find(self, loss: Tensor) -> Cut:
@@ -255,6 +255,7 @@ class LossHook:
 
     def state_dict(self) -> dict[str, Any]:
         """The running state of every boundary: plain types and tensors."""
+        current_ranks(self._settings.sync).finish()  # sums that are under way belong to it
         return {**self._states.state_dict(), "found_once": self._found_once, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

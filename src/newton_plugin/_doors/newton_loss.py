@@ -36,7 +36,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, NoBoundaryEr
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.rule import OnNonfinite, StepRule
-from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice, Sync
 
 __all__ = ["NewtonLoss", "newton_loss"]
 
@@ -75,7 +75,7 @@ class NewtonLoss(nn.Module):
         outputs: int | str | Sequence[int | str] = 0,
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
-        sync: bool = True,
+        sync: Sync = True,
     ) -> None:
         super().__init__()
         if not callable(loss_fn):
@@ -243,7 +243,7 @@ def newton_loss(
     outputs: int | str | Sequence[int | str] = 0,
     feature_dims: int | Sequence[int] | None = None,
     on_nonfinite: OnNonfinite = "keep",
-    sync: bool = True,
+    sync: Sync = True,
 ) -> Any:
     """Wrap a loss function, ``newton_loss(fn)``, or decorate one, ``@newton_loss(damping=0.1)``.
 

@@ -18,8 +18,10 @@ from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._linalg.large_rows import inner_products, squared_norms
-from newton_plugin._runtime.processes import Ranks, current_ranks
+from newton_plugin._runtime.processes import ProcessGroup, Ranks, current_ranks
 from newton_plugin._step.ends import Ends
+from newton_plugin._step.exchange import Exchange, telling
+from newton_plugin._step.lagged import LaggedExchange
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.senders import all_if_none
 from newton_plugin._step.settings import RuleSettings
@@ -86,38 +88,83 @@ def compute_steps(loss: Tensor, ends: Ends, settings: RuleSettings) -> ComputedS
     """The steps at all ends of a loss; see :func:`take_steps`."""
     scaling = _scaling(loss, ends.layouts, settings)
     ranks = current_ranks(settings.sync)
-    ranks.agree(ends.describe())
+    exchange: Exchange | LaggedExchange | None = None
     with torch.autocast(loss.device.type, enabled=False):
-        found = loss_gradients(
-            loss,
-            ends.boundaries,
-            ends.samples,
-            scaling,
-            ends.observed,
-            twice="products" in ends.sources,
-            verified=all(rule.probing.verified for rule in ends.rules),
-        )
+        if isinstance(ranks, ProcessGroup):
+            ranks.settle()
+            with telling(loss, settings):
+                found, layers = _layers(loss, ends, scaling, True)
+            kind = LaggedExchange if settings.sync == "lagged" else Exchange
+            with torch.no_grad():
+                exchange = kind(layers, ends.describe(), settings, ranks, loss.detach())
+            asked: Sequence[Ranks] = exchange.ranks
+        else:
+            found, layers = _layers(loss, ends, scaling, False)
+            asked = [ranks] * len(layers)
         steps: dict[int, BoundaryStep] = {}
-        for numbers in ends.calls:
-            steps.update(zip(numbers, _steps_of_layer(numbers, found, ends, scaling, ranks), strict=True))
+        for layer, own in zip(layers, asked, strict=True):
+            steps.update(zip(layer.numbers, _steps_of_layer(layer, own), strict=True))
         taken = [steps[k] for k in range(len(steps))]
-        size = _in_one_size(taken, ends, ranks) if ends.one_size else None
+        size = _in_one_size(taken, ends, exchange) if ends.one_size else None
+        if exchange is not None:
+            exchange.end()
     return ComputedSteps(taken, scaling, found.parts, found.seed, size)
 
 
-def _steps_of_layer(
-    numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, ranks: Ranks
-) -> list[BoundaryStep]:
-    """The steps of all calls of one layer, whose rows are one batch."""
+@dataclass
+class _Layer:
+    """All calls of one layer, whose rows are one batch.
+
+    Attributes:
+        numbers: of its boundaries.
+        rule: of the layer.
+        layouts: of each call.
+        rows: the gradients of each call.
+        batch: of all calls, scaled for the samples that count.
+        counted: the rows that have a gradient, no dimensions.
+        live: the same, or all rows where none has one.
+        hessians: their second derivatives.
+    """
+
+    numbers: Sequence[int]
+    rule: StepRule
+    layouts: Sequence[RowLayout]
+    rows: Sequence[Tensor]
+    batch: Tensor
+    counted: Tensor
+    live: Tensor | int
+    hessians: SampleHessians | None = None
+
+    @property
+    def groups(self) -> int:
+        """Rows of one sample."""
+        return self.layouts[0].groups
+
+
+def _layers(loss: Tensor, ends: Ends, scaling: Scaling, many: bool) -> tuple[Gradients, list[_Layer]]:
+    """The gradients of a loss, and the rows of each of its layers."""
+    found = loss_gradients(
+        loss,
+        ends.boundaries,
+        ends.samples,
+        scaling,
+        ends.observed,
+        twice="products" in ends.sources,
+        verified=all(rule.probing.verified for rule in ends.rules),
+    )
+    return found, [_layer(numbers, found, ends, scaling, many) for numbers in ends.calls]
+
+
+def _layer(numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, many: bool) -> _Layer:
     first = numbers[0]
     rule, source = ends.rules[first], ends.sources[first]
     layouts = [ends.layouts[k] for k in numbers]
     own = [layout.to_rows(found.gradients[k].detach()) for k, layout in zip(numbers, layouts, strict=True)]
     batch = own[0] if len(own) == 1 else torch.cat(own)
-    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-    if not len(batch) and not ranks.many:
-        return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, own, strict=True)]
     counted = batch.any(-1).sum()
+    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
+    if not len(batch) and not many:
+        return _Layer(numbers, rule, layouts, own, batch, counted, 1)
     live = all_if_none(counted, len(batch))
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(batch):
@@ -131,14 +178,26 @@ def _steps_of_layer(
         hessians = hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
     elif source is not None:
         hessians = _closed_forms(numbers, found, ends, share)
+    if many and not rule.streams(batch):  # as the rule takes them: what is named before a step is of the same numbers
+        batch = batch.to(working_dtype(batch.device))
+    return _Layer(numbers, rule, layouts, own, batch, counted, live, hessians)
+
+
+def _steps_of_layer(layer: _Layer, ranks: Ranks) -> list[BoundaryStep]:
+    """The steps of all calls of one layer."""
+    batch, layouts = layer.batch, layer.layouts
+    if not len(batch) and not ranks.many:
+        return [BoundaryStep(layout, rows, rows, 1) for layout, rows in zip(layouts, layer.rows, strict=True)]
     # A rank whose rows are all ignored counts as none in the mean over the ranks.
-    result = rule(batch, hessians, ranks, layouts[0].groups, live=counted if ranks.many else live)
+    live = layer.counted if ranks.many else layer.live
+    assert isinstance(live, Tensor)
+    result = layer.rule(batch, layer.hessians, ranks, layer.groups, live=live)
     assert result.finiteness.taken is not None
     step = torch.where(result.finiteness.taken, result.step, batch)
     sizes = [layout.rows for layout in layouts]
     parts = zip(layouts, batch.split(sizes), step.split(sizes), strict=True)
     verdict = result.finiteness.taken
-    return [BoundaryStep(layout, rows, taken, live, verdict) for layout, rows, taken in parts]
+    return [BoundaryStep(layout, rows, taken, layer.live, verdict) for layout, rows, taken in parts]
 
 
 def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: Tensor | None) -> SampleHessians | None:
@@ -153,25 +212,30 @@ def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: T
     return SampleHessians.joined(parts, [ends.layouts[k].rows for k in numbers])
 
 
-def _in_one_size(steps: list[BoundaryStep], ends: Ends, ranks: Ranks) -> Tensor:
+def _in_one_size(steps: list[BoundaryStep], ends: Ends, exchange: Exchange | LaggedExchange | None) -> Tensor:
     """Bring the steps to the one size of their loss; return it. See ``size.py``. Does not wait for the device.
 
     Where the step of one boundary is not taken, the whole loss keeps its gradient.
     """
-    gains, features, verdicts = [], [], []
+    sums, features, verdicts = [], [], []
     for numbers in ends.calls:
-        rule, own = ends.rules[numbers[0]], [steps[k] for k in numbers]
+        own = [steps[k] for k in numbers]
         pairs = [(s.gradient.to(s.step.dtype), s.step) for s in own]
         along = torch.stack([inner_products(g, step).sum() for g, step in pairs]).sum()
         squares = torch.stack([squared_norms(g).sum() for g, _ in pairs]).sum()
-        sums = torch.stack([along, squares])
+        both = torch.stack([along, squares])
         verdict = own[0].taken
         if verdict is not None:
             verdicts.append(verdict)
-            sums = torch.where(verdict, sums, math.nan)  # a gradient that was kept says nothing about the rule
-        means = ranks.mean(sums, own[0].live)
-        gains.append(rule.gain.update(means[0], means[1]))
+            both = torch.where(verdict, both, math.nan)  # a gradient that was kept says nothing about the rule
+        sums.append(both if exchange is not None else both / own[0].live)
         features.append(own[0].layout.features)
+    if exchange is not None:
+        device = sums[0].device
+        sums = list(exchange.gains(torch.stack([both.to(device) for both in sums])))
+    gains = [
+        ends.rules[numbers[0]].gain.update(both[0], both[1]) for numbers, both in zip(ends.calls, sums, strict=True)
+    ]
     taken = torch.stack(verdicts).all() if verdicts else torch.ones_like(gains[0], dtype=torch.bool)
     size, factors = size_of(gains, features, ends.rules[0].power)
     for numbers, factor in zip(ends.calls, factors, strict=True):
