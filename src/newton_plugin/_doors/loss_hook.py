@@ -27,7 +27,6 @@ from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
 from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError
 from newton_plugin._runtime.compiler import eager
-from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.exchange import tell, telling
 from newton_plugin._step.rule import OnNonfinite, StepRule
@@ -255,7 +254,6 @@ class LossHook:
 
     def state_dict(self) -> dict[str, Any]:
         """The running state of every boundary: plain types and tensors."""
-        current_ranks(self._settings.sync).finish()  # sums that are under way belong to it
         return {**self._states.state_dict(), "found_once": self._found_once, "skipped": self._skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ ranks know then. ``_step/exchange.py`` says what travels.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, Protocol
@@ -24,7 +23,7 @@ from newton_plugin._errors import RanksDisagreeError
 from newton_plugin._runtime.agreement import CODES, Verdict, all_equal, codes_of, were_equal
 from newton_plugin._runtime.cuda_graphs import capturing
 
-__all__ = ["ONE_PROCESS", "ROOM", "OneProcess", "ProcessGroup", "Ranks", "current_ranks"]
+__all__ = ["ONE_PROCESS", "ROOM", "OneProcess", "ProcessGroup", "Ranks", "current_ranks", "finish_exchanges"]
 
 ROOM = 128 - CODES  # numbers that an exchange carries beside the agreement: 1 kB in all
 
@@ -74,9 +73,6 @@ class OneProcess:
     many = False
     known = None
     covers = True
-
-    def finish(self) -> None:
-        """Does nothing: nothing is under way."""
 
     def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         return total / count
@@ -253,7 +249,18 @@ def current_ranks(sync: bool | Literal["lagged"]) -> OneProcess | ProcessGroup:
     return _group_of(dist.group.WORLD)
 
 
-@functools.lru_cache(maxsize=1)
+_GROUPS: dict[Any, ProcessGroup] = {}  # by default group; that of now
+
+
 def _group_of(world: Any) -> ProcessGroup:
     """The :class:`ProcessGroup` of a default group. A process may destroy its default group and start another."""
-    return ProcessGroup()
+    if world not in _GROUPS:
+        _GROUPS.clear()
+        _GROUPS[world] = ProcessGroup()
+    return _GROUPS[world]
+
+
+def finish_exchanges() -> None:
+    """Take in the sums that are under way, if there are any, without a word to another rank."""
+    for group in _GROUPS.values():
+        group.finish()

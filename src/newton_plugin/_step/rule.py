@@ -15,7 +15,7 @@ from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
 from newton_plugin._derivatives.products import Probing
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+from newton_plugin._runtime.processes import ONE_PROCESS, Ranks, finish_exchanges
 from newton_plugin._step.size import Gain
 
 __all__ = ["OnNonfinite", "StepRule"]
@@ -62,6 +62,7 @@ class StepRule:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the running state and not the last batch."""
+        finish_exchanges()
         return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None, "last_factor": None}
 
     @property
@@ -218,6 +219,7 @@ class StepRule:
 
     def state_dict(self) -> dict[str, Any]:
         """Running means and counters, as plain types and tensors."""
+        finish_exchanges()  # with sync="lagged", the sums of the last step
         gain = self.gain.state_dict()
         return {
             "curvature": self.curvature.state_dict(),
