@@ -60,8 +60,10 @@ class NewtonLosses(CallbackBase):
             (N, C, H, W) with a loss per pixel: 1.
         start_step: Leave the first optimizer steps (``trainer.global_step``) plain, as a warm-up.
         sync: In distributed training, average C over all processes, so that they take the step of one process with
-            the whole batch. False: each uses the C of its own part of the batch (no communication; results depend on
-            how the batch is split, and a checkpoint holds the running curvature of rank 0 alone).
+            the whole batch. "lagged": with the averages of the step before, and no process waits for another (an
+            approximation; structure "isotropic" or "per_sample", or curvature "norm"). False: each uses the C of its
+            own part of the batch (no communication; results depend on how the batch is split, and a checkpoint holds
+            the running curvature of rank 0 alone).
         log: Log gradient norm, step norm, extreme eigenvalues of C, damping and fallbacks through the
             Trainer's logger, as ``newton/...``, every ``log_every_n_steps``.
         prog_bar: Show ``newton/step_norm`` in the progress bar, as often; also without a logger.
@@ -82,7 +84,7 @@ class NewtonLosses(CallbackBase):
         boundary: str | list[str] = "auto",
         feature_dims: int | list[int] | None = None,
         start_step: int = 0,
-        sync: bool = True,
+        sync: bool | Literal["lagged"] = True,
         log: bool = True,
         prog_bar: bool = False,
     ) -> None:
@@ -95,7 +97,7 @@ class NewtonLosses(CallbackBase):
             reduction=reduction,
             boundary=boundary,
             feature_dims=feature_dims,
-            sync=_check_flag("sync", sync),
+            sync=sync,
         )
         self.start_step = _check_start_step(start_step)
         # Not `self.log`: Lightning puts the module's own `log` there, on every callback.

@@ -83,7 +83,7 @@ class NewtonLosses(CallbackBase):
         structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal"] = "auto",
         power: float = 1,
         feature_dims: int | list[int] | None = None,
-        sync: bool = True,
+        sync: bool | Literal["lagged"] = True,
         log: bool = True,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
