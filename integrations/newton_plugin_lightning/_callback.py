@@ -60,8 +60,10 @@ class NewtonLosses(CallbackBase):
             (N, C, H, W) with a loss per pixel: 1.
         start_step: Leave the first optimizer steps (``trainer.global_step``) plain, as a warm-up.
         sync: In distributed training, average C over all processes, so that they take the step of one process with
-            the whole batch. False: each uses the C of its own part of the batch (no communication; results depend on
-            how the batch is split, and a checkpoint holds the running curvature of rank 0 alone).
+            the whole batch. "lagged": with the averages of the step before, and no process waits for another (an
+            approximation; structure "isotropic" or "per_sample", or curvature "norm"). False: each uses the C of its
+            own part of the batch (no communication; results depend on how the batch is split, and a checkpoint holds
+            the running curvature of rank 0 alone).
         compile_step: Compile what happens between gradient and step by ``torch.compile``: a few kernels in place of
             about 30 operations, after some seconds at the first step. Without a compiler steps are eager.
         log: Log gradient norm, step norm, extreme eigenvalues of C, damping and fallbacks through the
@@ -84,7 +86,7 @@ class NewtonLosses(CallbackBase):
         boundary: str | list[str] = "auto",
         feature_dims: int | list[int] | None = None,
         start_step: int = 0,
-        sync: bool = True,
+        sync: bool | Literal["lagged"] = True,
         compile_step: bool = False,
         log: bool = True,
         prog_bar: bool = False,
@@ -98,7 +100,7 @@ class NewtonLosses(CallbackBase):
             reduction=reduction,
             boundary=boundary,
             feature_dims=feature_dims,
-            sync=_check_flag("sync", sync),
+            sync=sync,
             compile_step=_check_flag("compile_step", compile_step),
         )
         self.start_step = _check_start_step(start_step)

@@ -84,7 +84,7 @@ class NewtonLosses(CallbackBase):
         structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal"] = "auto",
         power: float = 1,
         feature_dims: int | list[int] | None = None,
-        sync: bool = True,
+        sync: bool | Literal["lagged"] = True,
         compile_step: bool = False,
         log: bool = True,
     ) -> None:

@@ -46,7 +46,7 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def counted_as_many(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process is its own batch, and no collective would run; here it is a group all the same."""
     ranks = ProcessGroup()
-    for module in ("_doors.loss_hook", "_step.engine", "_step.compute"):
+    for module in ("_step.exchange", "_step.engine", "_step.compute"):
         monkeypatch.setattr(f"newton_plugin.{module}.current_ranks", lambda sync: ranks)
 
 
@@ -87,7 +87,14 @@ def test_what_travels(group: None) -> None:
         assert bool(ranks.all(torch.tensor(flag, device=DEVICE))) == flag
     assert ranks.count(4) == 4
     assert ranks.worst(2) == 2
-    ranks.agree("the same on all")
+    sums, agreed = ranks.exchange("the same on all", rows.sum(0))
+    assert torch.equal(sums, rows.sum(0))
+    assert agreed is None
+    sums, agreed = ranks.exchange("the same on all", rows.sum(0), later=True)
+    assert torch.equal(sums, rows.sum(0))
+    assert agreed is not None
+    assert bool(agreed)
+    ranks.settle()
 
 
 def test_a_step_after_another_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"start_step": 1.5}, TypeError, r"start_step must be .*an integer; got 1\.5 of type float"),
     ({"start_step": True}, TypeError, r"start_step must be .*an integer; got True of type bool"),
     ({"log": "yes"}, TypeError, r"log must be True or False; got 'yes'"),
-    ({"sync": None}, TypeError, r"sync must be True or False; got None"),
+    ({"sync": None}, TypeError, r"sync must be True, False or 'lagged'; got None"),
+    ({"sync": "late"}, ValueError, r"sync must be one of True, False, 'lagged'; got 'late'"),
+    ({"sync": "lagged", "structure": "mean"}, ValueError, r"sync='lagged' takes .*structure='mean'"),
 ]
 
 

@@ -75,3 +75,11 @@ class Batch:
     def squared_norms(self) -> Tensor:
         """``|g_i|^2``, (N,)."""
         return self.in_units(squared_norms(self.gradient))
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """``|g_i|^2``, (N,), and their sum, no dimensions."""
+        known = self.ranks.known
+        if known is not None and known.squared is not None:
+            return known.squared, known.total
+        squared = self.squared_norms()
+        return squared, squared.sum()

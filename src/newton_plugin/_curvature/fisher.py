@@ -24,6 +24,7 @@ from newton_plugin._curvature.protocol import (
 from newton_plugin._curvature.refresh import KeptCurvature, check_refresh_every
 from newton_plugin._curvature.running_mean import RunningMean
 from newton_plugin._curvature.sizes import mean_is_formed, refuse_beyond
+from newton_plugin._curvature.statistics import Statistics
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import check_choice
 from newton_plugin._linalg.damped_inverse import push_through
@@ -37,14 +38,19 @@ __all__ = ["EmpiricalFisher", "batch_fisher"]
 
 def batch_fisher(batch: Batch, ndim: int) -> Tensor:
     """The batch's ``1/N sum_i g_i g_i'``: tr / m of it (ndim 0), its diagonal (1), all of it (2) or by groups (3)."""
-    rows, m = batch.gradient, batch.gradient.shape[1]
     if ndim == 0:
-        return batch.ranks.mean(batch.squared_norms().sum(), batch.samples * m)
+        return batch.ranks.mean(batch.squared_norms().sum(), batch.samples * batch.gradient.shape[1])
+    sums = batch.ranks.known or _sums(batch, ndim)
+    return batch.in_units(batch.ranks.mean(sums.total, sums.count))
+
+
+def _sums(batch: Batch, ndim: int) -> Statistics:
+    """``sum_i g_i g_i'`` of the rows of this process, and what its mean is divided by."""
+    rows = batch.gradient
     if ndim == 3:
         total = sum_over_rows(rows, lambda part: _products(to_blocks(part, batch.groups)), batch.groups)
-        return batch.in_units(batch.ranks.mean(total, batch.samples_of_groups))
-    total = sum_over_rows(rows, _products if ndim == 2 else _squares)
-    return batch.in_units(batch.ranks.mean(total, batch.samples))
+        return Statistics(total, batch.samples_of_groups)
+    return Statistics(sum_over_rows(rows, _products if ndim == 2 else _squares), batch.samples)
 
 
 def _squares(rows: Tensor) -> Tensor:
@@ -113,19 +119,50 @@ class EmpiricalFisher(Curvature):
             return self._isotropic(batch)
         refreshed = not self._kept.serves(m, groups)
         if refreshed:
-            one_matrix = self.structure == "mean" or (self.structure == "block" and groups == 1)
-            if one_matrix and not mean_is_formed(n, m, damping, ranks):
+            if not self._is_formed(batch):
                 return self._push_through(batch)
             self._refresh(batch)
         return self._from_kept(batch, refreshed)
 
-    def _refresh(self, batch: Batch) -> None:
-        """Form C, average it, and keep it with its damping."""
+    @property
+    def one_number(self) -> bool:
+        """See :attr:`Curvature.one_number`."""
+        return self.structure in ("isotropic", "per_sample") and self.refresh_every == 1
+
+    def statistics(
+        self, gradient: Tensor, damping: Damping, ranks: Ranks, groups: int = 1, live: Tensor | None = None
+    ) -> Statistics | None:
+        """See :meth:`Curvature.statistics`: ``sum_i |g_i|^2``, or what is kept of ``sum_i g_i g_i'``."""
+        m = gradient.shape[1]
+        batch = Batch(gradient, damping, ranks, groups if self.structure == "block" else 1, live=live)
+        kept = self._kept.serves(m, batch.groups)
+        if self.structure in ("isotropic", "per_sample"):
+            if kept:
+                return None
+            squared, total = batch.squares()
+            return Statistics(total, batch.samples * max(1, m), squared)
+        check_groups(len(gradient), batch.groups)
+        if kept or not self._is_formed(batch):
+            return None
+        return _sums(batch, self._ndim(batch))
+
+    def _is_formed(self, batch: Batch) -> bool:
+        """Whether C, or what is kept of it, is formed; see ``mean_is_formed``."""
+        one_matrix = self.structure == "mean" or (self.structure == "block" and batch.groups == 1)
+        n, m = batch.gradient.shape
+        return not one_matrix or mean_is_formed(n, m, batch.damping, batch.ranks)
+
+    def _ndim(self, batch: Batch) -> int:
+        """The dimensions of what is kept of C, in :func:`batch_fisher`; refuses blocks that are too large."""
         m, groups = batch.gradient.shape[1], batch.groups
         if groups > 1:
             asked = f"curvature='fisher' with structure='block', {groups} blocks of {m} features each,"
             refuse_beyond(groups * m * m, asked, "a C", "Use structure='mean' or 'diagonal' (O(N m) memory).")
-        ndim = 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
+        return 1 if self.structure == "diagonal" else 2 if groups == 1 else 3
+
+    def _refresh(self, batch: Batch) -> None:
+        """Form C, average it, and keep it with its damping."""
+        m, groups, ndim = batch.gradient.shape[1], batch.groups, self._ndim(batch)
         c = batch.averaged(self._mean, batch_fisher(batch, ndim))
         matrix = (Diagonal if ndim == 1 else Dense)(c, definite=True)
         norm = self._mean.norm  # the next step's bound on growth needs it too
@@ -148,8 +185,7 @@ class EmpiricalFisher(Curvature):
         # (c I + own g g' + d I)^-1 g = g / (c + d + own |g|^2), so the |g_i|^2 are all that is needed.
         gradient, damping, kept = batch.gradient, batch.damping, self._kept
         m = gradient.shape[1]
-        squared = batch.squared_norms()
-        total = squared.sum()
+        squared, total = batch.squares()
         refreshed = not kept.serves(m, 1)
         if refreshed:
             c = batch.averaged(self._mean, batch.ranks.mean(total, batch.samples * m))
@@ -159,9 +195,10 @@ class EmpiricalFisher(Curvature):
         assert isinstance(matrix, Isotropic)
         shifted = matrix.value + d if self.power == 1 else (matrix.value + d).sqrt()
         own = batch.own if self.power == 1 else 0.0
-        # The own term keeps a step finite where its gradient is. But a kept C was agreed at an earlier step: it says
-        # nothing about the gradients of this batch.
-        bounded = refreshed and own > 0 and damping.bounded
+        # The own term keeps a step finite where its gradient is. But a C of an earlier step says nothing about the
+        # gradients of this batch.
+        covers = refreshed and batch.ranks.covers
+        bounded = covers and own > 0 and damping.bounded
         witness = None if bounded else total / shifted
         by = torch.add(shifted, squared, alpha=own) if own else shifted
         return CurvatureStep(
@@ -169,15 +206,17 @@ class EmpiricalFisher(Curvature):
             d,
             matrix.matrix,
             matrix.extremes,
-            finiteness=Finiteness(kept.finite, refreshed, witness, bounded),
+            finiteness=Finiteness(kept.finite, covers, witness, bounded),
             # Of large rows neither gradients nor steps are kept for somebody who might ask.
             sizes=(lambda: (total, (squared / by / by).sum())) if are_large(gradient) else None,
         )
 
     def _per_sample(self, batch: Batch) -> CurvatureStep:
         # g is an eigenvector of g g' with eigenvalue |g|^2, so (g g' + d I)^-p g = (|g|^2 + d)^-p g.
-        squared, bounded = batch.squared_norms(), batch.damping.bounded
-        d = damping_of(batch.damping, self._running_size(batch, squared)[0])
+        squared, total = batch.squares()
+        covers = batch.ranks.covers
+        bounded = covers and batch.damping.bounded
+        d = damping_of(batch.damping, self._running_size(batch, total)[0])
         by = squared + d if self.power == 1 else (squared + d).sqrt()
         rank_deficient = batch.gradient.shape[1] > 1
         return CurvatureStep(
@@ -185,13 +224,13 @@ class EmpiricalFisher(Curvature):
             d,
             None,
             lambda: (torch.zeros_like(d) if rank_deficient else squared.min(), squared.max()),
-            finiteness=Finiteness(self._mean.finite, True, None if bounded else squared / by, bounded),
+            finiteness=Finiteness(self._mean.finite, covers, None if bounded else squared / by, bounded),
             sizes=lambda: (squared.sum(), (squared / by / by).sum()),
         )
 
-    def _running_size(self, batch: Batch, squared: Tensor) -> tuple[Tensor, Tensor]:
-        """tr(C) / m, averaged over batches, and of this batch alone, from the ``|g_i|^2``."""
-        size = batch.ranks.mean(squared.sum(), batch.samples * max(1, batch.gradient.shape[1]))
+    def _running_size(self, batch: Batch, total: Tensor) -> tuple[Tensor, Tensor]:
+        """tr(C) / m, averaged over batches, and of this batch alone, from the sum of the ``|g_i|^2``."""
+        size = batch.ranks.mean(total, batch.samples * max(1, batch.gradient.shape[1]))
         return batch.averaged(self._mean, size), size
 
     def _push_through(self, batch: Batch) -> CurvatureStep:
@@ -200,10 +239,12 @@ class EmpiricalFisher(Curvature):
         rows, here = batch.ranks.rows(batch.gradient)  # and which of them are of this process
         m = rows.shape[1]
         products = batch.in_units(gram(rows))
-        live = batch.live if batch.live is None else batch.ranks.sum(batch.live)
+        live = batch.live
+        if live is not None and batch.ranks.many:
+            live = (products.diagonal() != 0).sum()  # rows that have a gradient, NaN included
         whole = replace(batch, gradient=rows, ranks=ONE_PROCESS, live=live)
         # Every rank has the rows of all ranks, so the mean needs no further collective.
-        running_size, size = self._running_size(whole, products.diagonal())
+        running_size, size = self._running_size(whole, products.diagonal().sum())
         weight = torch.where(size > 0, running_size / size, 1.0) / whole.samples
         finite = self._mean.finite
         assert finite is not None

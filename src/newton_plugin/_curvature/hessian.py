@@ -117,6 +117,10 @@ class Hessian(Curvature):
         self._fisher = EmpiricalFisher(structure, power, refresh_every)
         self._kept = KeptCurvature(self.refresh_every, self.power)
         self._independent = False
+        self._found: tuple[Tensor, _Found] | None = None  # between knowledge() and step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": None}
 
     def __repr__(self) -> str:
         return describe(self)
@@ -140,7 +144,8 @@ class Hessian(Curvature):
         check_groups(n, groups)
         if self._kept.serves(m, groups):
             return self._from_kept(gradient, None)
-        found = self._find(hvp, gradient, damping, groups)
+        found = self._found[1] if self._found is not None and self._found[0] is gradient else None
+        found, self._found = found or self._find(hvp, gradient, damping, groups), None
         worst = Knowledge(ranks.worst(found.knowledge))
         hessians = found.hessians
         if worst == Knowledge.REFUSED:
@@ -165,6 +170,16 @@ class Hessian(Curvature):
             finite = result.finiteness.curvature
             result.finiteness.curvature = ~found.coupled if finite is None else finite & ~found.coupled
         return result
+
+    def knowledge(self, gradient: Tensor, hvp: HVP | None, damping: Damping, groups: int = 1) -> int | None:
+        """See :meth:`Curvature.knowledge`."""
+        groups = groups if self.structure == "block" else 1
+        check_groups(len(gradient), groups)
+        if self._kept.serves(gradient.shape[1], groups):
+            return None
+        found = self._find(hvp, gradient, damping, groups)
+        self._found = gradient, found
+        return found.knowledge
 
     def _find(self, hvp: HVP | None, gradient: Tensor, damping: Damping, groups: int) -> _Found:
         """Check this rank's Hessians, and take the products that the step needs: both may show that there are none."""

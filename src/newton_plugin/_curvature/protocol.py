@@ -40,8 +40,10 @@ from torch import Tensor
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.overriding import arguments_of, holds
+from newton_plugin._curvature.statistics import Statistics
 from newton_plugin._derivatives.sample_hessians import HVP, SampleHessians
 from newton_plugin._errors import ShapeError, check_choice
+from newton_plugin._runtime.processes import Ranks
 
 __all__ = [
     "HVP",
@@ -118,6 +120,8 @@ class Curvature(ABC):
     takes_weight: ClassVar[bool] = False
     takes_live: ClassVar[bool] = False
     takes_factor: ClassVar[bool] = False
+    names_statistics: ClassVar[bool] = False
+    names_knowledge: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # What step() is given beyond its first three arguments: read once, where the class is defined.
@@ -127,6 +131,8 @@ class Curvature(ABC):
         cls.takes_live = "live" in arguments
         cls.takes_weight = "weight" in arguments and holds(cls, "streams", "step")
         cls.takes_factor = "factor" in arguments and cls.takes_weight
+        cls.names_statistics = holds(cls, "statistics", "step")
+        cls.names_knowledge = holds(cls, "knowledge", "step")
 
     @abstractmethod
     def step(self, gradient: Tensor, hvp: HVP | None, damping: Damping) -> CurvatureStep:
@@ -178,6 +184,26 @@ class Curvature(ABC):
             hessians: those of a batch, where the form of the state depends on what is known of them.
         """
         return self.state_dict()
+
+    @property
+    def one_number(self) -> bool:
+        """Whether :meth:`statistics` names one number at every step, whatever the outputs."""
+        return False
+
+    def statistics(
+        self, gradient: Tensor, damping: Damping, ranks: Ranks, groups: int = 1, live: Tensor | None = None
+    ) -> Statistics | None:
+        """What the next step will ask ``ranks.mean`` for, named before it: the numbers of all layers travel together.
+
+        Called where there are several processes, with what :meth:`step` gets. A step that passes the same tensor
+        ``total`` to ``ranks.mean`` then gets the answer at once. None: the step asks as it goes. It counts only if no
+        class further down defines :meth:`step`.
+        """
+        return None
+
+    def knowledge(self, gradient: Tensor, hvp: HVP | None, damping: Damping, groups: int = 1) -> int | None:
+        """As :meth:`statistics`: the code, 0 to 5, that the next step will pass to ``ranks.worst``; None: none."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """The running state as plain types and tensors; empty by default."""

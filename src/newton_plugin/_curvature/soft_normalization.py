@@ -37,7 +37,7 @@ class SoftNormalization(EmpiricalFisher):
     def __repr__(self) -> str:
         return f"SoftNormalization(c={self.c:g})"
 
-    streams = EmpiricalFisher.streams  # for the step below
+    streams, statistics = EmpiricalFisher.streams, EmpiricalFisher.statistics  # for the step below
 
     def step(
         self,

@@ -25,13 +25,13 @@ from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, ref
 from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
 from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
-from newton_plugin._errors import ArgumentTypeError, NewtonPluginError, NoGradientError, ShapeError, TransformError
+from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError, TransformError
 from newton_plugin._runtime.compiler import eager
-from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._runtime.transforms import has_tangent, kinds_of_transforms
 from newton_plugin._step.engine import precondition
+from newton_plugin._step.exchange import tell, telling
 from newton_plugin._step.rule import OnNonfinite, StepRule
-from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice, Sync
 from newton_plugin._step.sharing import Sharing
 
 __all__ = ["LossHook"]
@@ -62,7 +62,9 @@ class LossHook:
             (for debugging: it waits for the device at every step).
         sync: average the curvature over all processes of ``torch.distributed``, if there are several: R ranks then
             take the step of one process with the whole batch, and all of them must call the hook at every step.
-            False: each rank uses the C of its own samples, and a running mean of its own.
+            "lagged": the same with the averages of the step before, and no rank waits for another; for curvatures
+            whose statistics are one number (Fisher with structure "isotropic" or "per_sample", "norm"); see
+            docs/several-processes.md. False: each rank uses the C of its own samples, and a running mean of its own.
         compile_step: compile what happens between gradient and step by ``torch.compile``: 4 to 6 kernels in place of
             about 30 operations, after some seconds at the first step and at the first other batch size. Of rules that
             need no Hessian, where the step is made in the ordinary backward pass; elsewhere it changes nothing. Without
@@ -91,7 +93,7 @@ class LossHook:
         boundary: str | Sequence[str] = "auto",
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
-        sync: bool = True,
+        sync: Sync = True,
         compile_step: bool = False,
         module: nn.Module | None = None,
     ) -> None:
@@ -184,13 +186,14 @@ class LossHook:
             ShapeError: more than one number.
             TransformError: under ``vmap`` or in forward mode.
             BatchCoupledError, OutputsTooLargeError: see :class:`newton_plugin.Hessian`.
-            RanksDisagreeError: on every rank, if the ranks do not find the same boundaries.
+            RanksDisagreeError: on every rank, if the ranks do not find the same boundaries; with sync="lagged", and on
+                accelerators where nothing waits for the device, at the next call.
         """
         _check_loss(loss)
         if not torch.is_grad_enabled():
             return loss
         if self._found_once and loss.is_leaf and loss.requires_grad:  # an empty batch's loss that stands for itself
-            current_ranks(self._settings.sync).agree("no boundary")
+            tell("no boundary", loss, self._settings)
             self._skipped += 1
             return loss
         _check_transforms(loss)
@@ -214,14 +217,10 @@ class LossHook:
 
     def _find_on_every_rank(self, loss: Tensor) -> Cut:
         """:meth:`_find`. A rank without boundaries tells the other ranks, which would wait for its part of the mean."""
-        ranks = current_ranks(self._settings.sync)
-        try:
+        with telling(loss, self._settings):
             cut = self._find(loss)
-        except NewtonPluginError as error:
-            ranks.agree(f"{type(error).__name__}: {error}")
-            raise
         if not cut.boundaries:
-            ranks.agree("no boundary")
+            tell("no boundary", loss, self._settings)
         return cut
 
     def _find(self, loss: Tensor) -> Cut:

@@ -37,7 +37,7 @@ from newton_plugin._errors import ArgumentTypeError, NoBoundaryError, NoGradient
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.rule import OnNonfinite, StepRule
-from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice, Sync
 
 __all__ = ["NewtonLoss", "newton_loss"]
 
@@ -77,7 +77,7 @@ class NewtonLoss(nn.Module):
         outputs: int | str | Sequence[int | str] = 0,
         feature_dims: int | Sequence[int] | None = None,
         on_nonfinite: OnNonfinite = "keep",
-        sync: bool = True,
+        sync: Sync = True,
         compile_step: bool = False,
     ) -> None:
         super().__init__()
@@ -244,7 +244,7 @@ def newton_loss(
     outputs: int | str | Sequence[int | str] = 0,
     feature_dims: int | Sequence[int] | None = None,
     on_nonfinite: OnNonfinite = "keep",
-    sync: bool = True,
+    sync: Sync = True,
     compile_step: bool = False,
 ) -> Any:
     """Wrap a loss function, ``newton_loss(fn)``, or decorate one, ``@newton_loss(damping=0.1)``.

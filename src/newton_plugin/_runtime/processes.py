@@ -3,24 +3,29 @@
 C is a mean over samples, so once a step the ranks add up their sums and their sample counts. Everything else (damping,
 running mean, solve) follows from C and is the same on every rank, to the bit.
 
-Collectives hang when ranks disagree on which one comes next. Every decision that changes their order is therefore taken
-by all ranks together: which boundaries the loss has (:meth:`Ranks.agree`), whether a Hessian exists
-(:meth:`Ranks.worst`), whether a gradient is finite (:meth:`Ranks.all`).
+Collectives hang when ranks disagree on which one comes next. A step therefore begins with one all-reduce of a fixed
+size (:meth:`ProcessGroup.exchange`), which no rank leaves out. It tells whether all ranks are about to take the same
+step, and carries what the step needs of all of them if that is a few numbers. Whatever comes next follows from what all
+ranks know then. ``_step/exchange.py`` says what travels.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-from typing import Any, Protocol
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from newton_plugin._errors import RanksDisagreeError
+from newton_plugin._runtime.agreement import CODES, Verdict, all_equal, codes_of, were_equal
+from newton_plugin._runtime.cuda_graphs import capturing
 
-__all__ = ["ONE_PROCESS", "OneProcess", "ProcessGroup", "Ranks", "current_ranks"]
+__all__ = ["ONE_PROCESS", "ROOM", "OneProcess", "ProcessGroup", "Ranks", "current_ranks", "finish_exchanges"]
+
+ROOM = 128 - CODES  # numbers that an exchange carries beside the agreement: 1 kB in all
 
 
 class Ranks(Protocol):
@@ -28,13 +33,14 @@ class Ranks(Protocol):
 
     Attributes:
         many: whether there is more than one.
+        known: what a curvature has named before its step, and has been added up; see ``Curvature.sums``.
+        covers: whether sums cover the samples of this step, as all but those of ``sync="lagged"`` do. What is finite
+            in a sum is then finite on every rank.
     """
 
     many: bool
-
-    def agree(self, what: str) -> None:
-        """Raise :class:`RanksDisagreeError` on every rank unless all ranks pass the same text."""
-        ...
+    known: Any
+    covers: bool
 
     def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         """The sum of ``total`` over the ranks, divided by the sum of ``count``."""
@@ -65,9 +71,8 @@ class OneProcess:
     """One process alone: every sum over the ranks is its own."""
 
     many = False
-
-    def agree(self, what: str) -> None:
-        """Does nothing: there is no other rank."""
+    known = None
+    covers = True
 
     def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         return total / count
@@ -97,20 +102,95 @@ class ProcessGroup:
     Tensors are exchanged on their own device. The few bytes that decide what comes next are exchanged between hosts, so
     that no rank waits for its device to read them: by the default group if its backend takes CPU tensors (gloo), else
     by a gloo group made for this.
+
+    With ``later``, whether the ranks agree is read at the next exchange or :meth:`settle`, when it has long been
+    copied to the host. Ranks that disagree take no step until then: their sums are NaN.
+
+    Attributes:
+        device: of the last step, for a rank whose next loss has no boundary that would tell.
     """
 
     many = True
+    known = None
+    covers = True
 
     def __init__(self) -> None:
         backends = str(dist.get_backend_config())
         self._hosts = None if "gloo" in backends else dist.new_group(backend="gloo")
+        self._running: Callable[[], None] | None = None
+        self._unread: Verdict | None = None
+        self.device: torch.device | None = None
 
-    def agree(self, what: str) -> None:
-        own = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=7).digest(), "big")
-        extremes = torch.tensor([own, -own])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._hosts)
-        if extremes[0] == -extremes[1]:
-            return
+    def exchange(self, what: str, numbers: Tensor, later: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The sums of ``numbers`` over the ranks, by the one all-reduce with which a step begins.
+
+        It has the same size whatever ``what`` and ``numbers`` are, so ranks that disagree do not hang.
+
+        Args:
+            what: what this rank is about to do, to the last detail that decides which collectives follow.
+            numbers: (k,), k up to ``ROOM``; on the device where the step is made, or of the host.
+            later: do not wait for the device to learn whether the ranks agree.
+
+        Returns:
+            The sums, and with ``later`` whether the ranks agree, a tensor without dimensions, else None.
+
+        Raises:
+            RanksDisagreeError: on every rank, unless all ranks pass the same ``what``; with ``later`` at the next call.
+        """
+        self.settle()
+        vector = self._vector(what, numbers)
+        dist.all_reduce(vector, group=self._group_of(vector))
+        sums = vector[CODES : CODES + numbers.numel()]
+        if not later:
+            if not were_equal(vector[:CODES].tolist(), dist.get_world_size()):
+                self._disagree(what)
+            return sums, None
+        agreed = all_equal(vector[:CODES], dist.get_world_size())
+        if not capturing(vector):  # a replay of a CUDA graph runs none of this
+            self._unread = Verdict.of(agreed, what)
+        return torch.where(agreed, sums, math.nan), agreed
+
+    def start(self, what: str, numbers: Tensor, deliver: Callable[[Tensor], None]) -> None:
+        """Begin an :meth:`exchange` which the next :meth:`settle` ends: it passes the sums to ``deliver``."""
+        self.settle()
+        vector = self._vector(what, numbers)
+        work = dist.all_reduce(vector, group=self._group_of(vector), async_op=True)
+
+        def finish() -> None:
+            assert work is not None
+            work.wait()
+            agreed = all_equal(vector[:CODES], dist.get_world_size())
+            deliver(torch.where(agreed, vector[CODES : CODES + numbers.numel()], math.nan))
+            self._unread = Verdict.of(agreed, what)
+
+        self._running = finish
+
+    def finish(self) -> None:
+        """Take in what :meth:`start` began. One rank alone may do so: it neither talks to others nor raises."""
+        running, self._running = self._running, None
+        if running is not None:
+            running()
+
+    def settle(self) -> None:
+        """:meth:`finish`, and raise if the ranks did not agree at an exchange whose verdict has reached the host."""
+        self._read()
+        self.finish()
+        if self._unread is not None and self._unread.copied is None:
+            self._read()
+
+    def _read(self) -> None:
+        verdict, self._unread = self._unread, None
+        if verdict is not None and not verdict.read():
+            self._disagree(verdict.what)
+
+    def _vector(self, what: str, numbers: Tensor) -> Tensor:
+        codes = codes_of(what, numbers.dtype, numbers.device)
+        return torch.cat([codes, numbers, numbers.new_zeros(ROOM - numbers.numel())])
+
+    def _group_of(self, vector: Tensor) -> Any:
+        return self._hosts if vector.device.type == "cpu" else None
+
+    def _disagree(self, what: str) -> NoReturn:
         texts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(texts, what, group=self._hosts)
         raise RanksDisagreeError(
@@ -162,14 +242,25 @@ class ProcessGroup:
         return rows, slice(first, first + own.shape[0])
 
 
-def current_ranks(sync: bool) -> Ranks:
+def current_ranks(sync: bool | Literal["lagged"]) -> OneProcess | ProcessGroup:
     """The processes to average over now: with ``sync`` those of the default group, else this one alone."""
     if not (sync and dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return ONE_PROCESS
     return _group_of(dist.group.WORLD)
 
 
-@functools.lru_cache(maxsize=1)
+_GROUPS: dict[Any, ProcessGroup] = {}  # by default group; that of now
+
+
 def _group_of(world: Any) -> ProcessGroup:
     """The :class:`ProcessGroup` of a default group. A process may destroy its default group and start another."""
-    return ProcessGroup()
+    if world not in _GROUPS:
+        _GROUPS.clear()
+        _GROUPS[world] = ProcessGroup()
+    return _GROUPS[world]
+
+
+def finish_exchanges() -> None:
+    """Take in the sums that are under way, if there are any, without a word to another rank."""
+    for group in _GROUPS.values():
+        group.finish()

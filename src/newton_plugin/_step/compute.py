@@ -16,9 +16,11 @@ from newton_plugin._derivatives.products import hessian_products
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
-from newton_plugin._runtime.processes import Ranks, current_ranks
+from newton_plugin._runtime.processes import ProcessGroup, Ranks, current_ranks
 from newton_plugin._step.ends import Ends
-from newton_plugin._step.one_layer import step_of_layer
+from newton_plugin._step.exchange import Exchange, telling
+from newton_plugin._step.lagged import LaggedExchange
+from newton_plugin._step.one_layer import LayerRows, rows_of_layer, step_of_layer
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import gain_sums, size_of
@@ -82,29 +84,57 @@ def compute_steps(loss: Tensor, ends: Ends, settings: RuleSettings) -> ComputedS
     """The steps at all ends of a loss; see :func:`take_steps`."""
     scaling = _scaling(loss, ends.layouts, settings)
     ranks = current_ranks(settings.sync)
-    ranks.agree(ends.describe())
+    exchange: Exchange | LaggedExchange | None = None
     with torch.autocast(loss.device.type, enabled=False):
-        found = loss_gradients(
-            loss,
-            ends.boundaries,
-            ends.samples,
-            scaling,
-            ends.observed,
-            twice="products" in ends.sources,
-            verified=all(rule.probing.verified for rule in ends.rules),
-        )
+        if isinstance(ranks, ProcessGroup):
+            ranks.settle()
+            with telling(loss, settings):
+                found, layers = _layers(loss, ends, scaling, True)
+            kind = LaggedExchange if settings.sync == "lagged" else Exchange
+            with torch.no_grad():
+                exchange = kind(layers, ends.describe(), settings, ranks, loss.detach())
+            asked: Sequence[Ranks] = exchange.ranks
+        else:
+            found, layers = _layers(loss, ends, scaling, False)
+            asked = [ranks] * len(layers)
         steps: dict[int, BoundaryStep] = {}
-        for numbers in ends.calls:
-            steps.update(zip(numbers, _steps_of_layer(numbers, found, ends, scaling, ranks), strict=True))
+        for layer, own in zip(layers, asked, strict=True):
+            steps.update(zip(layer.numbers, _steps_of_layer(layer, own), strict=True))
         taken = [steps[k] for k in range(len(steps))]
-        size = _in_one_size(taken, ends, ranks) if ends.one_size else None
+        size = _in_one_size(taken, ends, exchange) if ends.one_size else None
+        if exchange is not None:
+            exchange.end()
     return ComputedSteps(taken, scaling, found.parts, found.seed, size)
 
 
-def _steps_of_layer(
-    numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, ranks: Ranks
-) -> list[BoundaryStep]:
-    """The steps of all calls of one layer, whose rows are one batch."""
+@dataclass
+class _Layer(LayerRows):
+    """All calls of one layer, whose rows are one batch.
+
+    Attributes:
+        numbers: of its boundaries.
+        layouts: of each call.
+    """
+
+    numbers: Sequence[int]
+    layouts: Sequence[RowLayout]
+
+
+def _layers(loss: Tensor, ends: Ends, scaling: Scaling, many: bool) -> tuple[Gradients, list[_Layer]]:
+    """The gradients of a loss, and the rows of each of its layers."""
+    found = loss_gradients(
+        loss,
+        ends.boundaries,
+        ends.samples,
+        scaling,
+        ends.observed,
+        twice="products" in ends.sources,
+        verified=all(rule.probing.verified for rule in ends.rules),
+    )
+    return found, [_layer(numbers, found, ends, scaling, many) for numbers in ends.calls]
+
+
+def _layer(numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, many: bool) -> _Layer:
     first = numbers[0]
     rule, source = ends.rules[first], ends.sources[first]
     layouts = [ends.layouts[k] for k in numbers]
@@ -117,10 +147,16 @@ def _steps_of_layer(
             return hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
         return None if source is None else _closed_forms(numbers, found, ends, share)
 
-    taken = step_of_layer(rule, batch, scaling, hessians_of, ranks, layouts[0].groups)
-    sizes = [layout.rows for layout in layouts]
-    parts = zip(layouts, taken.gradient.split(sizes), taken.step.split(sizes), strict=True)
-    return [BoundaryStep(layout, rows, step, taken.live, taken.taken) for layout, rows, step in parts]
+    rows = rows_of_layer(rule, batch, scaling, hessians_of, layouts[0].groups, many)
+    return _Layer(**vars(rows), numbers=numbers, layouts=layouts)
+
+
+def _steps_of_layer(layer: _Layer, ranks: Ranks) -> list[BoundaryStep]:
+    """The steps of all calls of one layer."""
+    step = step_of_layer(layer, ranks)
+    sizes = [layout.rows for layout in layer.layouts]
+    parts = zip(layer.layouts, step.gradient.split(sizes), step.step.split(sizes), strict=True)
+    return [BoundaryStep(layout, rows, taken, step.live, step.taken) for layout, rows, taken in parts]
 
 
 def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: Tensor | None) -> SampleHessians | None:
@@ -135,21 +171,26 @@ def _closed_forms(numbers: Sequence[int], found: Gradients, ends: Ends, share: T
     return SampleHessians.joined(parts, [ends.layouts[k].rows for k in numbers])
 
 
-def _in_one_size(steps: list[BoundaryStep], ends: Ends, ranks: Ranks) -> Tensor:
+def _in_one_size(steps: list[BoundaryStep], ends: Ends, exchange: Exchange | LaggedExchange | None) -> Tensor:
     """Bring the steps to the one size of their loss; return it. See ``size.py``. Does not wait for the device.
 
     Where the step of one boundary is not taken, the whole loss keeps its gradient.
     """
-    gains, features, verdicts = [], [], []
+    sums, features, verdicts = [], [], []
     for numbers in ends.calls:
-        rule, own = ends.rules[numbers[0]], [steps[k] for k in numbers]
+        own = [steps[k] for k in numbers]
         verdict = own[0].taken
         if verdict is not None:
             verdicts.append(verdict)
-        sums = gain_sums([(s.gradient, s.step) for s in own], verdict)
-        means = ranks.mean(sums, own[0].live)
-        gains.append(rule.gain.update(means[0], means[1]))
+        both = gain_sums([(s.gradient, s.step) for s in own], verdict)
+        sums.append(both if exchange is not None else both / own[0].live)
         features.append(own[0].layout.features)
+    if exchange is not None:
+        device = sums[0].device
+        sums = list(exchange.gains(torch.stack([both.to(device) for both in sums])))
+    gains = [
+        ends.rules[numbers[0]].gain.update(both[0], both[1]) for numbers, both in zip(ends.calls, sums, strict=True)
+    ]
     taken = torch.stack(verdicts).all() if verdicts else torch.ones_like(gains[0], dtype=torch.bool)
     size, factors = size_of(gains, features, ends.rules[0].power)
     for numbers, factor in zip(ends.calls, factors, strict=True):

@@ -88,7 +88,10 @@ class Ends:
 
     def describe(self) -> str:
         """What all ranks have to agree on."""
-        names = (f"{b.name!r} with {a.features} features" for b, a in zip(self.boundaries, self.layouts, strict=True))
+        names = (
+            f"{b.name!r} with {a.features} features" + f" at {a.groups} positions" * (r.curvature.structure == "block")
+            for b, a, r in zip(self.boundaries, self.layouts, self.rules, strict=True)
+        )
         return "; ".join(names) + (", and terms beside" if self.beside and self.one_size else "")
 
 

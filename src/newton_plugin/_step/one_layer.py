@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,9 +17,31 @@ from newton_plugin._runtime.transforms import readable
 from newton_plugin._step.rows import all_if_none
 from newton_plugin._step.rule import StepRule
 
-__all__ = ["LayerStep", "step_of_layer"]
+__all__ = ["LayerRows", "LayerStep", "rows_of_layer", "step_of_layer"]
 
 
+@dataclass
+class LayerRows:
+    """The gradients of one layer, as its rule takes them.
+
+    Attributes:
+        rule: of the layer.
+        batch: rows (N, m), scaled for the samples that count.
+        counted: the rows that have a gradient, no dimensions.
+        live: the same, or all rows where none has one.
+        hessians: their second derivatives.
+        groups: rows of one sample.
+    """
+
+    rule: StepRule
+    batch: Tensor
+    counted: Tensor
+    live: Tensor | int
+    hessians: SampleHessians | None
+    groups: int
+
+
+@dataclass
 class LayerStep:
     """The step of all rows of one layer.
 
@@ -29,35 +52,34 @@ class LayerStep:
         taken: whether the step was taken; None: there are no rows.
     """
 
-    def __init__(self, gradient: Tensor, step: Tensor, live: Tensor | int, taken: Tensor | None) -> None:
-        self.gradient = gradient
-        self.step = step
-        self.live = live
-        self.taken = taken
+    gradient: Tensor
+    step: Tensor
+    live: Tensor | int
+    taken: Tensor | None
 
 
-def step_of_layer(
+def rows_of_layer(
     rule: StepRule,
     rows: Tensor,
     scaling: Scaling,
     hessians_of: Callable[[Tensor | None], SampleHessians | None],
-    ranks: Ranks,
     groups: int,
-) -> LayerStep:
-    """From gradients to steps.
+    many: bool,
+) -> LayerRows:
+    """The rows as the rule takes them.
 
     Args:
         rule: of the layer.
         rows: gradients (N, m) of all its calls, for a mean in the scale of a mean over all N.
         scaling: how the loss is made of its samples.
         hessians_of: from a factor (no dimensions; None: 1) to the samples' Hessians times that factor.
-        ranks: the processes that share the batch.
         groups: rows of one sample.
+        many: whether several processes share the batch.
     """
-    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
-    if not len(rows) and not ranks.many:
-        return LayerStep(rows, rows, 1, None)
     counted = nonzero_rows(rows).sum()
+    # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
+    if not len(rows) and not many:
+        return LayerRows(rule, rows, counted, 1, None, groups)
     live = all_if_none(counted, len(rows))
     if rows.dtype in HALF:  # the step is scaled before it is rounded to them
         rows = rows.to(torch.float32 if rule.streams(rows) else working_dtype(rows.device))
@@ -65,11 +87,24 @@ def step_of_layer(
     if scaling == "mean" and len(rows):
         share = live.to(rows.dtype) / len(rows)
         rows = rows * share
+    hessians = hessians_of(share)
+    if many and not rule.streams(rows):  # what is named before a step is of the same numbers
+        rows = rows.to(working_dtype(rows.device))
+    return LayerRows(rule, rows, counted, live, hessians, groups)
+
+
+def step_of_layer(layer: LayerRows, ranks: Ranks) -> LayerStep:
+    """From gradients to steps, for the samples of all ``ranks``."""
+    rule, rows = layer.rule, layer.batch
+    if not len(rows) and not ranks.many:
+        return LayerStep(rows, rows, layer.live, None)
     # A rank whose rows are all ignored counts as none in the mean over the ranks.
-    result = rule(rows, hessians_of(share), ranks, groups, live=counted if ranks.many else live)
+    live = layer.counted if ranks.many else layer.live
+    assert isinstance(live, Tensor)
+    result = rule(rows, layer.hessians, ranks, layer.groups, live=live)
     taken = result.finiteness.taken
     assert taken is not None
     # Where one member of a vmap cannot raise, NaN says it.
     unraised = rule.on_nonfinite == "raise" and not readable(taken)
     step = torch.where(taken, result.step, torch.full_like(rows, torch.nan) if unraised else rows)
-    return LayerStep(rows, step, live, taken)
+    return LayerStep(rows, step, layer.live, taken)

@@ -24,7 +24,7 @@ from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.cuda_graphs import callers_state
 from newton_plugin._runtime.processes import ONE_PROCESS
 from newton_plugin._step.attach import attach_step, in_size
-from newton_plugin._step.one_layer import LayerStep, step_of_layer
+from newton_plugin._step.one_layer import LayerStep, rows_of_layer, step_of_layer
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import gain_sums, size_of
@@ -104,7 +104,8 @@ def pure_steps(
             rule.restore(state)
             rows, hessians = layout.to_rows(derived.gradients[k]), derived.hessians[k]
             by_share = None if hessians is None else hessians.times
-            steps.append(step_of_layer(rule, rows, scaling, by_share or (lambda _: None), ONE_PROCESS, layout.groups))
+            layer = rows_of_layer(rule, rows, scaling, by_share or (lambda _: None), layout.groups, False)
+            steps.append(step_of_layer(layer, ONE_PROCESS))
         size = _in_one_size(steps, layouts, rules)
         for name, layout, rule, state in zip(outputs, layouts, rules, before, strict=True):
             after.append(_as_tensors(rule.tensors(), derived.value))

@@ -16,7 +16,7 @@ from newton_plugin._derivatives.products import Probing
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteError, SingularCurvatureError
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
-from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
+from newton_plugin._runtime.processes import ONE_PROCESS, Ranks, finish_exchanges
 from newton_plugin._runtime.transforms import readable
 from newton_plugin._step.size import Gain
 
@@ -40,6 +40,7 @@ class StepRule:
         on_nonfinite: keep a gradient that is not finite, or raise.
         probing: what is known about differentiating this loss twice.
         gain: how much longer the rule made the last gradients; kept where a loss has one size for several boundaries.
+        summed: sums over all ranks of the last batch, where ``sync="lagged"`` uses them at the next; see ``lagged.py``.
         last: the last step; without its rows, where ``last.sizes`` says how large they were.
         last_gradient: its rows, where ``last.sizes`` does not say how large they were.
         last_weight: their weight, where the rows were streamed.
@@ -53,6 +54,7 @@ class StepRule:
     on_nonfinite: OnNonfinite = "keep"
     probing: Probing = field(default_factory=Probing)
     gain: Gain = field(default_factory=Gain)
+    summed: Tensor | None = None
     last: CurvatureStep | None = None
     last_gradient: Tensor | None = None
     last_weight: Tensor | None = None
@@ -66,6 +68,7 @@ class StepRule:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the running state and not the last batch."""
+        finish_exchanges()
         return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None, "last_factor": None}
 
     @property
@@ -77,6 +80,11 @@ class StepRule:
     def power(self) -> float:
         """Of the curvature; 1 where it says nothing."""
         return getattr(self.curvature, "power", 1.0)
+
+    @property
+    def one_number(self) -> bool:
+        """Whether a step needs one number of all processes; see :attr:`Curvature.one_number`."""
+        return self.curvature.names_statistics and self.curvature.one_number
 
     def wants_products(self, features: int) -> bool:
         """Whether the next step uses Hessian-vector products of outputs with so many features."""
@@ -229,11 +237,13 @@ class StepRule:
 
     def state_dict(self) -> dict[str, Any]:
         """Running means and counters, as plain types and tensors."""
+        finish_exchanges()  # with sync="lagged", the sums of the last step
         gain = self.gain.state_dict()
         return {
             "curvature": self.curvature.state_dict(),
             "damping": self.damping.state_dict(),
             **({"gain": gain} if gain else {}),
+            **({} if self.summed is None else {"summed": self.summed}),
             "structural_fallbacks": self._structural_fallbacks,
             "kept": _copy(self._gradients_not_stepped),
             "zero": _copy(self._zero_hessians),
@@ -321,6 +331,7 @@ class StepRule:
         self.curvature.load_state_dict(state["curvature"])
         self.damping.load_state_dict(state["damping"])
         self.gain.load_state_dict(state.get("gain", {}))
+        self.summed = state.get("summed")
         self._structural_fallbacks, self._complete = state["structural_fallbacks"], False
         self._gradients_not_stepped, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -23,12 +24,13 @@ from newton_plugin._errors import (
 from newton_plugin._step.rule import OnNonfinite, StepRule
 from newton_plugin._step.size import Gain
 
-__all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "resolve_curvature"]
+__all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "Sync", "resolve_curvature"]
 
 
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
 StructureChoice = Literal["auto"] | Structure
 Reduction = Literal["mean", "sum"]
+Sync = bool | Literal["lagged"]
 _CURVATURES = get_args(CurvatureName)
 
 
@@ -74,24 +76,38 @@ class RuleSettings:
     reduction: Reduction = "mean"
     feature_dims: int | Sequence[int] | None = None
     on_nonfinite: OnNonfinite = "keep"
-    sync: bool = True
+    sync: Sync = True
     compile_step: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sync, bool):
+        if not isinstance(self.sync, (bool, str)):
             raise ArgumentTypeError(
-                f"sync must be True or False; got {self.sync!r} of type {type(self.sync).__name__}. True averages "
-                "the curvature over all processes of a distributed run."
+                f"sync must be True, False or 'lagged'; got {self.sync!r} of type {type(self.sync).__name__}. True "
+                "averages the curvature over all processes of a distributed run."
             )
         if not isinstance(self.compile_step, bool):
             raise ArgumentTypeError(
                 f"compile_step must be True or False; got {self.compile_step!r} of type "
                 f"{type(self.compile_step).__name__}. True compiles the step by torch.compile."
             )
+        check_choice("sync", self.sync, (True, False, "lagged"))
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("on_nonfinite", self.on_nonfinite, ("keep", "raise"))
         object.__setattr__(self, "feature_dims", check_feature_dims(self.feature_dims))
-        self.build()
+        self._check_lagged(self.build())
+
+    def _check_lagged(self, rule: StepRule) -> None:
+        if self.sync == "lagged" and not rule.one_number:
+            raise ArgumentError(
+                f"sync='lagged' takes a curvature whose statistics are one number; got {rule.curvature!r}, whose C "
+                "would not fit the samples of the next step. Use curvature='fisher' with structure='isotropic' or "
+                "'per_sample', curvature='norm', or sync=True."
+            )
+        if self.sync == "lagged" and self.on_nonfinite == "raise":
+            raise ArgumentError(
+                "on_nonfinite='raise' raises on all ranks together, and with sync='lagged' no rank waits for the "
+                "others. Use sync=True to find what is not finite, or on_nonfinite='keep'."
+            )
 
     def build(self) -> StepRule:
         """A rule with a running state of its own."""
@@ -99,6 +115,11 @@ class RuleSettings:
         curvature = resolve_curvature(self.curvature, self.structure, self.power, damping)
         # Factories of fields are written out: torch.compile does not follow those of a dataclass.
         return StepRule(curvature, damping, self.on_nonfinite, Probing(), Gain(), _reported=set())
+
+    @functools.cached_property
+    def one_number(self) -> bool:
+        """Whether the rules need one number of all processes; see ``Curvature.one_number``."""
+        return self.build().one_number
 
     @property
     def features(self) -> tuple[int, ...] | None:

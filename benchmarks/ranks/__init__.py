@@ -1,0 +1,1 @@
+"""What averaging the curvature over processes costs, and what ``sync="lagged"`` does to a training."""

@@ -1,0 +1,60 @@
+"""Milliseconds of a step, the arms in turn, step by step, under torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from benchmarks.ranks.counts import BATCH, Heads
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["SETTINGS", "measure"]
+
+# Title, layers at the loss, features of each, and the rule.
+SETTINGS: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("default, m = 10", 1, 10, {}),
+    ("norm, m = 10", 1, 10, {"curvature": "norm"}),
+    ("default, 3 layers, m = 10", 3, 10, {}),
+    ("mean, m = 10", 1, 10, {"structure": "mean"}),
+    ("mean, m = 100", 1, 100, {"structure": "mean"}),
+    ("mean, m = 500", 1, 500, {"structure": "mean"}),
+    ("mean, m = 2,000", 1, 2000, {"structure": "mean"}),
+    ("hessian, m = 10", 1, 10, {"curvature": "hessian"}),
+]
+
+
+def measure(packages: dict[str, ModuleType], rounds: int) -> list[dict[str, Any]]:
+    """On one rank: medians of every arm of every setting, and the quartiles of what ``sync`` costs."""
+    rows = []
+    for title, heads, m, options in SETTINGS:
+        torch.manual_seed(0)
+        network = Heads(heads, m)
+        model = DistributedDataParallel(network)
+        new = packages["new"]
+        hooks: dict[str, Any] = {"no hook": None, "sync=False": new.LossHook(**options, sync=False)}
+        hooks |= {f"{version}, sync=True": package.LossHook(**options) for version, package in packages.items()}
+        if "mean" not in title and "hessian" not in title:
+            hooks["new, lagged"] = new.LossHook(**options, sync="lagged")
+        x, t = torch.randn(BATCH, 64), torch.randint(0, m, (BATCH,))
+        times: dict[str, list[float]] = {name: [] for name in hooks}
+        for k in range(rounds + 5):
+            for name, hook in hooks.items():
+                model.zero_grad()
+                dist.barrier()
+                start = time.perf_counter()
+                loss = network.loss(model(x), t)
+                (loss if hook is None else hook(loss)).backward()
+                if k >= 5:
+                    times[name].append(1e3 * (time.perf_counter() - start))
+        row: dict[str, Any] = {"setting": title, "ranks": dist.get_world_size()}
+        row |= {name: statistics.median(values) for name, values in times.items()}
+        for name in hooks:
+            if name not in ("no hook", "sync=False"):  # what it costs, in the same round
+                apart = [a - b for a, b in zip(times[name], times["sync=False"], strict=True)]
+                row[f"{name} costs"] = statistics.quantiles(apart, n=4)
+        rows.append(row)
+    return rows
