@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["batched", "has_tangent", "in_forward_mode", "kinds_of_transforms", "outside_transforms", "readable"]
+__all__ = [
+    "batched",
+    "has_graph",
+    "has_tangent",
+    "in_forward_mode",
+    "kinds_of_transforms",
+    "outside_transforms",
+    "readable",
+]
 
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs for it
 _dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode")  # noqa: B009
@@ -44,6 +52,17 @@ def has_tangent(tensor: Tensor) -> bool:
 def in_forward_mode() -> bool:
     """Whether tangents may pass: inside of ``jvp``, ``jacfwd``, ``linearize``, or a level of ``forward_ad``."""
     return getattr(forward_ad, "_current_level", -1) >= 0 or "Jvp" in kinds_of_transforms()
+
+
+def has_graph(tensor: Tensor) -> bool:
+    """Whether a derivative of ``tensor`` can be asked for, at any level; not while compiling."""
+    if in_forward_mode() or tensor.requires_grad:
+        return True
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+        if tensor.requires_grad:
+            return True
+    return False
 
 
 def kinds_of_transforms() -> frozenset[str]:

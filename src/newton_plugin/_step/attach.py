@@ -4,8 +4,8 @@ Around the outputs y it is ``loss + w (step' d + 1/2 |d|^2)`` with ``d = y - sto
 ``w/2 ||y - z*||^2`` up to a constant. Its value is the loss, its gradient ``w step``, its second derivative ``w I``.
 All else that the loss can reach keeps the loss's own derivatives, times the size of the step.
 
-In reverse mode an ``autograd.Function`` says so, at the cost of the step alone. In forward mode, and for the compiler,
-which fuses what it sees, the formula is written out.
+In reverse mode an ``autograd.Function`` says so, at the cost of the step alone. In forward mode, for small outputs
+under torch.func, and for the compiler, which fuses what it sees, the formula is written out.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.rows import RowLayout
-from newton_plugin._runtime.transforms import in_forward_mode
+from newton_plugin._runtime.transforms import has_graph, in_forward_mode, kinds_of_transforms
 
 __all__ = ["attach_step", "in_size"]
+
+_SMALL = 2**16  # numbers up to which torch.func takes longer to enter a Function than to follow the formula
 
 
 def attach_step(loss: Tensor, outputs: Tensor, step: Tensor, weight: Tensor | None, layout: RowLayout) -> Tensor:
@@ -33,13 +35,15 @@ def attach_step(loss: Tensor, outputs: Tensor, step: Tensor, weight: Tensor | No
     """
     weight = step.new_ones(()) if weight is None else weight.to(step.dtype)
     per_row = loss.ndim > 0 and loss.numel() == layout.rows and layout.rows > 1
-    if torch.compiler.is_compiling() or in_forward_mode():
+    if torch.compiler.is_compiling() or in_forward_mode() or (outputs.numel() <= _SMALL and kinds_of_transforms()):
         return _written_out(loss, outputs, step, weight, layout, per_row)
     return _Attach.apply(loss, outputs, step, weight, layout, per_row)  # type: ignore[no-any-return]
 
 
 def in_size(loss: Tensor, size: Tensor) -> Tensor:
     """``loss``, whose derivatives are multiplied by ``size``."""
+    if not torch.compiler.is_compiling() and not has_graph(loss):
+        return loss
     if torch.compiler.is_compiling() or in_forward_mode():
         stopped = loss.detach()
         moved = (loss - stopped).to(size.dtype) * size

@@ -111,7 +111,9 @@ class RuleSettings:
 
     def build(self) -> StepRule:
         """A rule with a running state of its own."""
-        damping = copy.deepcopy(resolve_damping(self.damping))
+        damping = resolve_damping(self.damping)
+        if damping is self.damping:  # the user's own
+            damping = copy.deepcopy(damping)
         curvature = resolve_curvature(self.curvature, self.structure, self.power, damping)
         # Factories of fields are written out: torch.compile does not follow those of a dataclass.
         return StepRule(curvature, damping, self.on_nonfinite, Probing(), Gain(), _reported=set())
