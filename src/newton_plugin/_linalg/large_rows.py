@@ -173,7 +173,7 @@ def solve_rows(
     multiple: int = 1,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The step of every row, times the factor, and ``g_i' A^-1 g_i``, (N, 1), which is finite only if the row and its step are.
+    """The step of every row, times the factor, and ``g_i' A^-1 g_i``, (N, 1), finite only if the row and its step are.
 
     Args:
         inverse: rows, any whole multiple of ``multiple``, to ``A^-1 g``.

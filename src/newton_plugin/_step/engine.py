@@ -30,9 +30,9 @@ from newton_plugin._boundary.autograd_graph import Boundary, is_preconditioned, 
 from newton_plugin._derivatives.autograd import Parts, SinglePassError, own_parts, own_seed
 from newton_plugin._derivatives.closed_forms import ClosedForm
 from newton_plugin._derivatives.products import no_second_pass
+from newton_plugin._linalg.damped_inverse import HALF
 from newton_plugin._runtime.cuda_graphs import capturing
 from newton_plugin._runtime.processes import current_ranks
-from newton_plugin._linalg.damped_inverse import HALF
 from newton_plugin._step.compute import compute_steps
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.rule import StepRule

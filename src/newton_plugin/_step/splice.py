@@ -97,10 +97,8 @@ class _Splice:
         self.scale = None
         self.received = []
 
-    def consumer_hook(
-        self, which: int, number: int, positions: Sequence[int], cast: bool
-    ) -> Callable[[Any, Any], Any]:
-        """A post-hook for consumer ``number`` of boundary ``which``; ``cast``: it changes the dtype and nothing else."""
+    def consumer_hook(self, which: int, number: int, positions: Sequence[int], cast: bool) -> Callable[[Any, Any], Any]:
+        """A post-hook for consumer ``number`` of boundary ``which``; ``cast``: it only changes the dtype."""
 
         def hook(
             grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
