@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.twins import gradients_and_hessians, live_samples, step
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import newton_plugin as npl
 from newton_plugin._linalg import large_rows
@@ -131,7 +132,7 @@ class Counted(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         Counted.passes += 1
         return grad
 
@@ -252,7 +253,7 @@ def test_further_passes_and_what_is_logged(
             assert value == pytest.approx(said[key], rel=0.02), key
 
 
-class Wide(torch.utils._python_dispatch.TorchDispatchMode):
+class Wide(TorchDispatchMode):
     """Notes the largest number of bytes of any tensor that is made, as multiples of those of the outputs."""
 
     def __init__(self, outputs: int) -> None:

@@ -118,7 +118,8 @@ def _steps_of_layer(
     counted = nonzero_rows(batch).sum()
     live = all_if_none(counted, len(batch))
     if batch.dtype in HALF:  # the step is scaled before it is rounded to them
-        batch = batch.to(torch.float32 if rule.streams(batch) else working_dtype(batch.device))
+        streamed = rule.streams(batch) and not ranks.many  # ranks have one dtype, however large their parts are
+        batch = batch.to(torch.float32 if streamed else working_dtype(batch.device))
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(batch):
         share = live.to(batch.dtype) / len(batch)
