@@ -144,15 +144,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="formats whose name contains this; the others stay as they are")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name, format in FORMATS.items() if arguments.only in name for row in measure(name, format)]
+    for name, format in FORMATS.items():
+        if arguments.only in name:
+            write(arguments.column, name, measure(name, format))
+
+
+def write(column: str, name: str, rows: list[dict[str, Any]]) -> None:
+    """Put the rows of one format in the place of those that a column had, and write the tables."""
     path = RESULTS / "half_precision.json"
     report = json.loads(path.read_text()) if path.exists() else {"columns": {}}
-    column: list[dict[str, Any]] = report["columns"].setdefault(arguments.column, [])
-    measured = {row["format"] for row in rows}
-    column[:] = sorted(
-        [*rows, *(row for row in column if row["format"] not in measured)],
-        key=lambda row: list(FORMATS).index(row["format"]),
-    )
+    others = [row for row in report["columns"].get(column, []) if row["format"] != name]
+    report["columns"][column] = sorted([*others, *rows], key=lambda row: list(FORMATS).index(row["format"]))
     report["torch"] = str(torch.__version__)
     path.write_text(json.dumps(report, indent=1) + "\n")
     about = "Ratios to the plain step of the same format; in brackets CPU time and peak of tensors alive."

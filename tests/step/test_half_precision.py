@@ -62,7 +62,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float(beyond.norm() / theirs.norm())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from(HALF),
     n=st.sampled_from([1, 2, 3, 7, 40, 4096]),
@@ -111,7 +111,7 @@ def test_it_is_as_exact_as_a_pass_of_its_own(
     if options.get("curvature") == "hessian" and loss in ("two uses", "one use of two in float32", "squares"):
         pytest.skip("products need a pass of their own")
     y, t = case(n, 6, dtype, ignored=loss in ("in half", "in float32"))
-    for scale in (1.0, 2.0**10, 2.0**-6):
+    for scale in (1.0, 2.0**-6):
         theirs = sent(y.double(), t, lambda v, u: LOSSES[loss](v, u), scale, **options)
         at_once = error(sent(y, t, LOSSES[loss], scale, on_nonfinite="raise", **options), theirs)
         for large in (large_rows._LARGE, 1):
