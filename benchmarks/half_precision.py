@@ -1,11 +1,11 @@
 """What a step costs in half precision: time and memory, beside the plain step of the same format.
 
-    python -m benchmarks.half_precision                  # about five minutes; writes the column "this version"
+    python -m benchmarks.half_precision                  # about ten minutes; writes the column "this version"
     python -m benchmarks.half_precision --column NAME    # another version that is installed, as a column of its own
 
 The head of a language model: 2 x 256 tokens, Linear(768, 50257), cross-entropy, one thread. Time is CPU time of forward
 and backward, the median ratio to the plain step taken right before. Memory is the peak of tensors alive that two steps
-made, so what the rule keeps from one step to the next counts. Steps at which a hook looks for other users of the loss
+made, so what the rule keeps from one step to the next counts (in the published rows: of one step). Steps at which a hook looks for other users of the loss
 (1, 2, 4, ..., every 256th, and the one after) are left out.
 
 PyTorch has no fast float16 product of matrices on CPUs. There the outputs themselves are the parameters, a plain step
@@ -111,7 +111,7 @@ def measure(name: str, format: Format) -> list[dict[str, Any]]:
     steps = {door: training_step(format, door) for door in DOORS}
     for step in steps.values():
         for _ in range(UNLOOKED):
-            step(2)
+            step()
     taken = [{door: seconds(step) for door, step in steps.items()} for _ in range(ROUNDS)]
     rows = []
     for door, step in steps.items():
