@@ -5,8 +5,8 @@
 
 The head of a language model: 2 x 256 tokens, Linear(768, 50257), cross-entropy, one thread. Time is CPU time of forward
 and backward, the median ratio to the plain step taken right before. Memory is the peak of tensors alive that two steps
-made, so what the rule keeps from one step to the next counts (in the published rows: of one step). Steps at which a hook looks for other users of the loss
-(1, 2, 4, ..., every 256th, and the one after) are left out.
+made (in the published rows: one step), so what the rule keeps from one step to the next counts. Steps at which a hook
+looks for other users of the loss (1, 2, 4, ..., every 256th, and the one after) are left out.
 
 PyTorch has no fast float16 product of matrices on CPUs. There the outputs themselves are the parameters, a plain step
 is the loss alone, and the ratios are larger than those of a network.
