@@ -170,3 +170,25 @@ def test_a_subclass_with_a_step_of_its_own_gets_the_gradients_of_the_samples() -
     once = sent({"curvature": OwnSteps(), "damping": 0.1}, torch.float32, (12, 30))
     for ours, theirs in zip(steps, once, strict=True):
         torch.testing.assert_close(ours / 8, theirs, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_nonzero_in_large_rows(dtype: torch.dtype, parts: None) -> None:
+    """The least number of the format, NaN and infinity are; a negative zero is not."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rows = torch.zeros(8, 300, dtype=dtype)
+    rows[1:7, 250] = torch.tensor([least, -least, torch.nan, torch.inf, -torch.inf, -0.0], dtype=dtype)
+    assert large_rows.nonzero_rows(rows).tolist() == [False, True, True, True, True, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_wider_than_a_part(dtype: torch.dtype, parts: None) -> None:
+    """They are taken in pieces of columns, and never copied whole."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 1999, generator=g).to(dtype) for _ in range(2))
+    by, factor = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(large_rows.squared_norms(a), a.double().square().sum(-1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(large_rows.inner_products(a, b), (a.double() * b.double()).sum(-1), rtol=1e-13, atol=0)
+    whole = (a.double() / (by / factor).unsqueeze(-1)).to(dtype)
+    assert torch.equal(large_rows.divide(a, by, factor), whole)
+    assert torch.equal(large_rows.divide(a, by[0]), (a.double() / 2).to(dtype))

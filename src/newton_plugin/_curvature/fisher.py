@@ -27,7 +27,7 @@ from newton_plugin._curvature.sizes import mean_is_formed, refuse_beyond
 from newton_plugin._curvature.statistics import Statistics
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import check_choice
-from newton_plugin._linalg.damped_inverse import push_through
+from newton_plugin._linalg.damped_inverse import push_through, working_dtype
 from newton_plugin._linalg.large_rows import are_large, combine, divide, gram, solve_rows, sum_over_rows
 from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic, count_eigenvalues, to_blocks
 from newton_plugin._linalg.sketch import sketch_of_rows
@@ -235,8 +235,9 @@ class EmpiricalFisher(Curvature):
 
     def _push_through(self, batch: Batch) -> CurvatureStep:
         # An m x m running mean would cost more than the rest of the step. The batch's C is rescaled to the running
-        # size instead.
-        rows, here = batch.ranks.rows(batch.gradient)  # and which of them are of this process
+        # size instead. The rows of all ranks have one dtype, however large each rank's part is.
+        gradient = batch.gradient.to(working_dtype(batch.gradient.device)) if batch.ranks.many else batch.gradient
+        rows, here = batch.ranks.rows(gradient)  # and which of them are of this process
         m = rows.shape[1]
         products = batch.in_units(gram(rows))
         live = batch.live

@@ -43,12 +43,13 @@ def are_large(rows: Tensor) -> bool:
     return rows.numel() >= _LARGE and readable(rows)
 
 
+def _part_elements(device: torch.device) -> int:
+    return _PART_ELEMENTS if device.type == "cpu" else _PART_ELEMENTS_OF_DEVICES
+
+
 def _parts(length: int, width: int, device: torch.device, multiple: int = 1) -> Iterator[slice]:
     """Slices of ``range(length)``, whole multiples of ``multiple`` long, whose length times width fits in the cache."""
-    size = (
-        max(1, (_PART_ELEMENTS if device.type == "cpu" else _PART_ELEMENTS_OF_DEVICES) // max(1, width * multiple))
-        * multiple
-    )
+    size = max(1, _part_elements(device) // max(1, width * multiple)) * multiple
     return (slice(first, min(first + size, length)) for first in range(0, length, size))
 
 
@@ -66,18 +67,39 @@ def _column_parts(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield at, rows[:, at].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
+def _pieces(rows: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """As :func:`_row_parts`, of rows that may each be larger than a part: then some columns of one row at a time."""
+    n, m = rows.shape
+    if m <= _part_elements(rows.device):
+        yield from (((at, slice(None)), part) for at, part in _row_parts(rows))
+        return
+    dtype = working_dtype(rows.device)
+    for row in range(n):
+        for columns in _parts(m, 1, rows.device):
+            at = slice(row, row + 1), columns
+            yield at, rows[at].to(dtype)
+
+
+def _sums(rows: Tensor, term: Callable[[tuple[slice, slice], Tensor], Tensor]) -> Tensor:
+    """The sums over the pieces of each row, (N,)."""
+    total = rows.new_zeros(rows.shape[0], dtype=working_dtype(rows.device))
+    for at, piece in _pieces(rows):
+        total[at[0]] += term(at, piece)
+    return total
+
+
 def squared_norms(rows: Tensor) -> Tensor:
     """``|g_i|^2``, (N,)."""
     if not are_large(rows):
         return torch.linalg.vecdot(rows, rows)
-    return torch.cat([torch.linalg.vector_norm(part, dim=-1).square() for _, part in _row_parts(rows)])
+    return _sums(rows, lambda _, piece: torch.linalg.vector_norm(piece, dim=-1).square())
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """``a_i' b_i``, (N,)."""
     if not are_large(a):
         return torch.linalg.vecdot(a, b)
-    return torch.cat([torch.linalg.vecdot(part, b[at].to(part.dtype)) for at, part in _row_parts(a)])
+    return _sums(a, lambda at, piece: torch.linalg.vecdot(piece, b[at].to(piece.dtype)))
 
 
 def sum_over_rows(rows: Tensor, term: Callable[[Tensor], Tensor], multiple: int = 1) -> Tensor:
@@ -139,8 +161,8 @@ def divide(rows: Tensor, by: Tensor, factor: Tensor | None = None) -> Tensor:
     if not are_large(rows):
         return rows / by.unsqueeze(-1)
     result = torch.empty_like(rows)
-    for at, part in _row_parts(rows):
-        result[at] = part / (by[at].unsqueeze(-1) if by.ndim else by)
+    for at, piece in _pieces(rows):
+        result[at] = piece / (by[at[0]].unsqueeze(-1) if by.ndim else by)
     return result
 
 
@@ -152,7 +174,7 @@ def solve_rows(
     multiple: int = 1,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The step of every row, times the factor, and ``g_i' A^-1 g_i``, (N, 1), finite only if row and step are.
+    """The step of every row, times the factor, and ``g_i' A^-1 g_i``, (N, 1), finite only if the row and its step are.
 
     Args:
         inverse: rows, any whole multiple of ``multiple``, to ``A^-1 g``.
@@ -174,9 +196,9 @@ def solve_rows(
 
 def nonzero_rows(rows: Tensor) -> Tensor:
     """Which rows hold anything but zeros, (N,)."""
-    if not are_large(rows):
+    if rows.device.type != "cpu" or not are_large(rows):
         return rows.any(-1)
-    # Two reductions of another kind take a quarter of the time of any() on a CPU. A NaN is not zero.
+    # Two reductions of another kind take a quarter of the time of any(). A NaN is not zero.
     return (rows.amax(-1) != 0) | (rows.amin(-1) != 0)
 
 

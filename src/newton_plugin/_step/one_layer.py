@@ -82,7 +82,8 @@ def rows_of_layer(
         return LayerRows(rule, rows, counted, 1, None, groups)
     live = all_if_none(counted, len(rows))
     if rows.dtype in HALF:  # the step is scaled before it is rounded to them
-        rows = rows.to(torch.float32 if rule.streams(rows) else working_dtype(rows.device))
+        streamed = rule.streams(rows) and not many  # ranks have one dtype, however large their parts are
+        rows = rows.to(torch.float32 if streamed else working_dtype(rows.device))
     share = None  # of the rows: a mean over N rows is one over the live rows alone
     if scaling == "mean" and len(rows):
         share = live.to(rows.dtype) / len(rows)

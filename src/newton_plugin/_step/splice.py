@@ -105,7 +105,7 @@ class _Splice:
         self.received = []
 
     def consumer_hook(self, which: int, number: int, positions: Sequence[int], cast: bool) -> Callable[[Any, Any], Any]:
-        """A post-hook for consumer ``number`` of boundary ``which``; ``cast``: it changes nothing but the dtype."""
+        """A post-hook for consumer ``number`` of boundary ``which``; ``cast``: it only changes the dtype."""
 
         def hook(
             grad_inputs: tuple[Tensor | None, ...], grad_outputs: tuple[Tensor | None, ...]
