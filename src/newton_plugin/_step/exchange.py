@@ -15,6 +15,9 @@ that a rank does at a step, so ranks that find something else meet there. Where 
 goes from device to device, and nobody waits for it: see ``later`` in
 :meth:`newton_plugin._runtime.processes.ProcessGroup.exchange`. Elsewhere it decides the size of what follows, and goes
 between the hosts.
+
+Nothing is hidden behind the backward pass: between the end of the hook and the first use of a step are 0.1 ms, and one
+all-reduce over gloo takes 0.4 and more. Errors would come from within the backward pass. ``lagged.py`` hides it all.
 """
 
 from __future__ import annotations
