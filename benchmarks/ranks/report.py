@@ -61,7 +61,8 @@ def _times(row: dict[str, Any]) -> dict[str, Any]:
     shown = {"setting": row["setting"], "ranks": row["ranks"]}
     shown |= {f"{name}, ms": f"{row[name]['tenth']:.2f}" for name in ("no hook", "sync=False")}
     for name, title in (("before, sync=True", "before"), ("new, sync=True", "new"), ("new, lagged", "lagged")):
-        more = {k: row[name][k] - row["sync=False"][k] for k in ("tenth", "median")} if name in row else None
+        local = row.get("sync=False beside it" if title == "lagged" else "sync=False")
+        more = {k: row[name][k] - local[k] for k in ("tenth", "median")} if name in row else None
         shown[f"{title} costs, ms"] = f"{more['tenth']:+.2f} (median {more['median']:+.2f})" if more else ""
     return shown
 

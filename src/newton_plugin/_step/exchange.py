@@ -149,17 +149,16 @@ class Exchange:
 
     def _numbers(
         self, what: str, named: Sequence[Statistics | None], device: torch.device, later: bool
-    ) -> list[Tensor | None]:
+    ) -> Sequence[Tensor]:
         """The means that the layers have named, one number each, by the first all-reduce."""
-
-        def summed(numbers: Tensor) -> Tensor:
-            sums, self._agreed = self._group.exchange(what, numbers[:ROOM], later)
-            if len(numbers) <= ROOM:
-                return sums
+        numbers = flat([s for s in named if s is not None], device)
+        sums, self._agreed = self._group.exchange(what, numbers[:ROOM], later)
+        if len(numbers) > ROOM:
             rest = numbers[ROOM:]
-            return torch.cat([sums, self._group.sum(rest) if self.goes_on else torch.full_like(rest, math.nan)])
-
-        return _means(named, summed, device)
+            sums = torch.cat([sums, self._group.sum(rest) if self.goes_on else torch.full_like(rest, math.nan)])
+        pairs = sums.view(-1, 2)
+        means = (pairs[:, 0] / pairs[:, 1].clamp_min(1)).unbind()
+        return [mean if s is None else mean.to(s.total.device) for mean, s in zip(means, named, strict=True)]
 
     def _decisions(self, what: str, told: Sequence[tuple[int, int | None]]) -> list[tuple[int | None, int | None]]:
         """Let the hosts agree. For each layer the samples of all ranks, and the worst that any of them knows."""
@@ -198,8 +197,10 @@ def flat(named: Sequence[Statistics], device: torch.device) -> Tensor:
     parts: list[Tensor] = []
     for s in named:
         count = s.count.to(s.total) if isinstance(s.count, Tensor) else s.total.new_full((), s.count)
-        parts += [s.total.reshape(-1).to(device), count.reshape(-1).to(device)]
-    return torch.cat(parts)
+        parts += [s.total, count]
+    if all(part.ndim == 0 for part in parts):
+        return torch.stack([part.to(device) for part in parts])
+    return torch.cat([part.reshape(-1).to(device) for part in parts])
 
 
 def _means(
