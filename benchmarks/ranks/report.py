@@ -23,7 +23,8 @@ def page(results: dict[str, Any]) -> str:
         "took an all-reduce to agree, one for each layer, and one for each gain.",
         "## Collectives and bytes of a step",
         f"Counted at the second step on two ranks, batches of {BATCH} a rank. Bytes are those of the tensors that one "
-        "rank passes to all collectives of the step. The first has 1,024 bytes, whatever travels in it.",
+        "rank passes to all collectives of the step. The first has a fixed size, whatever travels in it: 1,024 bytes, "
+        "or 16 where it carries nothing.",
         markdown([_counts(row) for row in results["counts"]]),
         "## Milliseconds",
         f"One machine of {os.cpu_count()} cores, one thread a rank, so 4 ranks share the cores. Batches of {BATCH} a "
