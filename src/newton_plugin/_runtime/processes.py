@@ -4,9 +4,9 @@ C is a mean over samples, so once a step the ranks add up their sums and their s
 running mean, solve) follows from C and is the same on every rank, to the bit.
 
 Collectives hang when ranks disagree on which one comes next. A step therefore begins with one all-reduce of a fixed
-size (:meth:`ProcessGroup.exchange` or :meth:`ProcessGroup.agree`), which no rank leaves out. It tells whether all ranks are about to take the same
-step, and carries what the step needs of all of them if that is a few numbers. Whatever comes next follows from what all
-ranks know then. ``_step/exchange.py`` says what travels.
+size (:meth:`ProcessGroup.exchange` or :meth:`ProcessGroup.agree`), which no rank leaves out. It tells whether all ranks
+are about to take the same step, and carries what the step needs of all of them if that is a few numbers. Whatever comes
+next follows from what all ranks know then. ``_step/exchange.py`` says what travels.
 """
 
 from __future__ import annotations
