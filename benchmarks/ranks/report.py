@@ -29,9 +29,9 @@ def page(results: dict[str, Any]) -> str:
         "## Milliseconds",
         f"One machine of {os.cpu_count()} cores, one thread a rank, so 4 ranks share the cores. Batches of {BATCH} a "
         "rank, network 64-512-m; a step is forward, hook, and backward with DDP's own all-reduce. The arms take turns, "
-        "step by step. The machine was busy with other work (load 11): the fastest tenth of the steps says most, beside "
-        "it the median, and differences of a millisecond say nothing. *Costs*: what a step takes beyond `sync=False`. Part of it is the pass over the loss that a step over "
-        "several ranks makes of its own.",
+        "step by step. The machine was busy with other work (load 11): the fastest tenth of the steps says most, "
+        "beside it the median, and differences of a millisecond say nothing. *Costs*: what a step takes beyond "
+        "`sync=False`. Part of it is the pass over the loss that a step over several ranks makes of its own.",
         markdown([_times(row) for row in results["times"]]),
         "## 8 to 4,096 ranks: a model",
         "Not measured. Latency and bandwidth as stated, formulas in `benchmarks/ranks/model.py`: what the collectives "
