@@ -1,6 +1,6 @@
 """What averaging the curvature over ranks costs, and what ``sync="lagged"`` does to a training.
 
-    python -m benchmarks.ranks                    # a quarter of an hour; writes benchmarks/results/ranks.md and .json
+    python -m benchmarks.ranks                    # half an hour; writes benchmarks/results/ranks.md and .json
     python -m benchmarks.ranks --before PATH      # beside another version of the package, PATH its src folder
     python -m benchmarks.ranks --only times       # or counts, demo: the other parts stay as they were
 

@@ -20,6 +20,7 @@ import newton_plugin as npl
 __all__ = ["ARMS", "LOSSES", "train_all"]
 
 LOSSES = ("textbook", "neural_sort")
+MORE = {"textbook": 2}  # times as many seeds: its float32 fails now and then, in any arm
 ARMS: dict[str, bool | str] = {"one process": False, "sync=True": True, "sync='lagged'": "lagged"}
 
 
@@ -55,7 +56,7 @@ def train_all(seeds: int, steps: int) -> list[dict[str, Any]]:
     """On one rank: every arm; rank 0's results. Runs of one process are the same on all ranks."""
     rows = []
     for loss in LOSSES:
-        for seed in range(seeds):
+        for seed in range(seeds * MORE.get(loss, 1)):
             for name, sync in ARMS.items():
                 result = train(loss, sync, seed, steps, together=name != "one process")
                 rows.append({"loss": loss, "arm": name, "seed": seed, "steps": steps, **result})

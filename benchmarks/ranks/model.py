@@ -23,8 +23,8 @@ STEPS: dict[str, list[int]] = {
     "before: default, two of 16 bytes": [16, 16],
     "default, one of 1 kB": [1024],
     "default, 3 layers: one more of 48 bytes": [1024, 48],
-    "mean, m = 100: one more of 80 kB": [1024, 8 * (100**2 + 1)],
-    "mean, m = 500: one more of 2 MB": [1024, 8 * (500**2 + 1)],
+    "mean, m = 100: 16 bytes and 80 kB": [16, 8 * (100**2 + 1)],
+    "mean, m = 500: 16 bytes and 2 MB": [16, 8 * (500**2 + 1)],
     "hessian, m = 100": [1024, 8 * (100**2 + 1), 4],
 }
 

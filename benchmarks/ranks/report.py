@@ -23,13 +23,15 @@ def page(results: dict[str, Any]) -> str:
         "took an all-reduce to agree, one for each layer, and one for each gain.",
         "## Collectives and bytes of a step",
         f"Counted at the second step on two ranks, batches of {BATCH} a rank. Bytes are those of the tensors that one "
-        "rank passes to all collectives of the step. The first has 1,024 bytes, whatever travels in it.",
+        "rank passes to all collectives of the step. The first has a fixed size, whatever travels in it: 1,024 bytes, "
+        "or 16 where it carries nothing.",
         markdown([_counts(row) for row in results["counts"]]),
         "## Milliseconds",
         f"One machine of {os.cpu_count()} cores, one thread a rank, so 4 ranks share the cores. Batches of {BATCH} a "
         "rank, network 64-512-m; a step is forward, hook, and backward with DDP's own all-reduce. The arms take turns, "
-        "step by step. *Costs*: what a step takes beyond `sync=False` in the same round, median and quartiles. Part of "
-        "it is the pass over the loss that a step over several ranks makes of its own.",
+        "step by step. The machine was busy with other work (load 11): the fastest tenth of the steps says most, "
+        "beside it the median, and differences of a millisecond say nothing. *Costs*: what a step takes beyond "
+        "`sync=False`. Part of it is the pass over the loss that a step over several ranks makes of its own.",
         markdown([_times(row) for row in results["times"]]),
         "## 8 to 4,096 ranks: a model",
         "Not measured. Latency and bandwidth as stated, formulas in `benchmarks/ranks/model.py`: what the collectives "
@@ -39,9 +41,9 @@ def page(results: dict[str, Any]) -> str:
         markdown([_model(row) for row in model.rows()]),
         '## `sync="lagged"` on the ranking demo',
         f"10 images, temperature 0.1, Adam 1e-2, {results['demo'][0]['steps']} steps (`examples/demo.py`), "
-        f"{1 + max(row['seed'] for row in results['demo'])} seeds, two ranks with half of each batch. Accuracy on "
-        "test lists in percent. Differences are paired seed by seed, with their 95 % interval (Student's t). *Worst*: "
-        "the lowest of all seeds. One process and `sync=True` take the same step up to the order of sums in float32.",
+        "two ranks with half of each batch. Accuracy on test lists in percent. Differences are paired seed by seed, "
+        "with their 95 % interval (Student's t). *Worst*: the lowest of all seeds. One process and `sync=True` take "
+        "the same step up to the order of sums in float32.",
         markdown(_demo(results["demo"])),
     ]
     return "\n\n".join(parts) + "\n"
@@ -58,10 +60,11 @@ def _counts(row: dict[str, Any]) -> dict[str, Any]:
 
 def _times(row: dict[str, Any]) -> dict[str, Any]:
     shown = {"setting": row["setting"], "ranks": row["ranks"]}
-    shown |= {f"{name}, ms": f"{row[name]:.2f}" for name in ("no hook", "sync=False")}
+    shown |= {f"{name}, ms": f"{row[name]['tenth']:.2f}" for name in ("no hook", "sync=False")}
     for name, title in (("before, sync=True", "before"), ("new, sync=True", "new"), ("new, lagged", "lagged")):
-        costs = row.get(f"{name} costs")
-        shown[f"{title} costs, ms"] = f"{costs[1]:+.2f} ({costs[0]:+.2f} to {costs[2]:+.2f})" if costs else ""
+        local = row.get("sync=False beside it" if title == "lagged" else "sync=False")
+        more = {k: row[name][k] - local[k] for k in ("tenth", "median")} if name in row else None
+        shown[f"{title} costs, ms"] = f"{more['tenth']:+.2f} (median {more['median']:+.2f})" if more else ""
     return shown
 
 
@@ -77,12 +80,12 @@ def _model(row: dict[str, Any]) -> dict[str, Any]:
 
 def _demo(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     of = {(row["loss"], row["arm"], row["seed"]): row for row in rows}
-    seeds = sorted({row["seed"] for row in rows})
     first, second, _ = demo.ARMS
     table = []
     for loss in demo.LOSSES:
+        seeds = sorted({row["seed"] for row in rows if row["loss"] == loss})
         for arm in demo.ARMS:
-            row: dict[str, Any] = {"loss": loss, "arm": arm}
+            row: dict[str, Any] = {"loss": loss, "seeds": str(len(seeds)), "arm": arm}
             for measure, title in (("full", "whole list"), ("elements", "elements")):
                 values = [100 * of[loss, arm, seed][measure] for seed in seeds]
                 row |= {title: f"{statistics.mean(values):.1f}", f"{title}, worst": f"{min(values):.1f}"}

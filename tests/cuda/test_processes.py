@@ -95,6 +95,7 @@ def test_what_travels(group: None) -> None:
     assert agreed is not None
     assert bool(agreed)
     ranks.settle()
+    ranks.agree("the same on all")
 
 
 def test_a_step_after_another_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,8 +171,8 @@ def lagged_goes_on_from_a_checkpoint(rank: int) -> None:
 
     for whole in MORE[:4]:
         step(hook, whole)
-    copied = copy.deepcopy(hook)
     saved: list[Any] = [hook.state_dict() if rank == 0 else None]  # it talks to nobody
+    copied = copy.deepcopy(hook)  # on rank 1 the sums of the last step are still under way
     dist.broadcast_object_list(saved)
     other = npl.LossHook(**LAGGED)
     other.load_state_dict(copy.deepcopy(saved[0]))

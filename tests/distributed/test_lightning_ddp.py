@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(out: Path, scenario: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     for name in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "tests.distributed.user_script", str(out), scenario]

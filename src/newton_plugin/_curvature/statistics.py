@@ -34,7 +34,6 @@ class Answered:
         ranks: for all other questions.
         known: what the curvature has named.
         mean: its sum over the processes, divided by the sum of its counts.
-        samples: the number of rows of all processes, if it is known.
         worst: the worst code of any process, if it is known.
         covers: see :class:`Ranks`. If not, nothing is asked any more: every process judges its own gradients.
     """
@@ -46,7 +45,6 @@ class Answered:
         ranks: Ranks,
         known: Statistics | None = None,
         mean: Tensor | None = None,
-        samples: int | None = None,
         worst: int | None = None,
         covers: bool = True,
     ) -> None:
@@ -54,7 +52,7 @@ class Answered:
         self.answer = mean
         self.covers = covers
         self._ranks = ranks
-        self._samples = samples
+        self._samples: int | None = None  # of all processes, once somebody has asked
         self._worst = worst
 
     def mean(self, total: Tensor, count: Tensor | int) -> Tensor:
@@ -66,7 +64,9 @@ class Answered:
         return self._ranks.sum(value)
 
     def count(self, own: int) -> int:
-        return self._ranks.count(own) if self._samples is None else self._samples
+        if self._samples is None:
+            self._samples = self._ranks.count(own)
+        return self._samples
 
     def worst(self, code: int) -> int:
         return self._ranks.worst(code) if self._worst is None else self._worst

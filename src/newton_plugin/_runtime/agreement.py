@@ -15,16 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "Verdict", "all_equal", "codes_of", "were_equal"]
+__all__ = ["CODES", "Verdict", "all_equal", "code_of", "codes_of", "were_equal"]
 
 _PIECES, _BITS = 9, 6  # 54 bits of the hash
 CODES = 2 * _PIECES  # how many numbers a text becomes
 
 
+def code_of(what: str) -> int:
+    """The hash of a text, positive and below 2^54."""
+    digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 2 ** (_PIECES * _BITS)
+
+
 @functools.lru_cache(maxsize=64)
 def codes_of(what: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers of a text, (CODES,). Kept: on an accelerator new ones are a copy from the host."""
-    code = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "big")
+    code = code_of(what)
     pieces = [code >> (_BITS * k) & (2**_BITS - 1) for k in range(_PIECES)]
     return torch.tensor([*pieces, *(piece**2 for piece in pieces)], dtype=dtype, device=device)
 

@@ -4,9 +4,9 @@ C is a mean over samples, so once a step the ranks add up their sums and their s
 running mean, solve) follows from C and is the same on every rank, to the bit.
 
 Collectives hang when ranks disagree on which one comes next. A step therefore begins with one all-reduce of a fixed
-size (:meth:`ProcessGroup.exchange`), which no rank leaves out. It tells whether all ranks are about to take the same
-step, and carries what the step needs of all of them if that is a few numbers. Whatever comes next follows from what all
-ranks know then. ``_step/exchange.py`` says what travels.
+size (:meth:`ProcessGroup.exchange` or :meth:`ProcessGroup.agree`), which no rank leaves out. It tells whether all ranks
+are about to take the same step, and carries what the step needs of all of them if that is a few numbers. Whatever comes
+next follows from what all ranks know then. ``_step/exchange.py`` says what travels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from newton_plugin._errors import RanksDisagreeError
-from newton_plugin._runtime.agreement import CODES, Verdict, all_equal, codes_of, were_equal
+from newton_plugin._runtime.agreement import CODES, Verdict, all_equal, code_of, codes_of, were_equal
 from newton_plugin._runtime.cuda_graphs import capturing
 
 __all__ = ["ONE_PROCESS", "ROOM", "OneProcess", "ProcessGroup", "Ranks", "current_ranks", "finish_exchanges"]
@@ -120,6 +120,19 @@ class ProcessGroup:
         self._running: Callable[[], None] | None = None
         self._unread: Verdict | None = None
         self.device: torch.device | None = None
+
+    def agree(self, what: str) -> None:
+        """:meth:`exchange` without numbers: 16 bytes between the hosts.
+
+        Raises:
+            RanksDisagreeError: on every rank, unless all ranks pass the same ``what``.
+        """
+        self.settle()
+        own = code_of(what)
+        extremes = torch.tensor([own, -own])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self._hosts)
+        if extremes[0] != -extremes[1]:
+            self._disagree(what)
 
     def exchange(self, what: str, numbers: Tensor, later: bool = False) -> tuple[Tensor, Tensor | None]:
         """The sums of ``numbers`` over the ranks, by the one all-reduce with which a step begins.

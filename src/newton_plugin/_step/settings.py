@@ -123,6 +123,11 @@ class RuleSettings:
         """Whether the rules need one number of all processes; see ``Curvature.one_number``."""
         return self.build().one_number
 
+    @functools.cached_property
+    def names_knowledge(self) -> bool:
+        """Whether the rules tell what they know of the Hessians; see ``Curvature.knowledge``."""
+        return self.build().curvature.names_knowledge
+
     @property
     def features(self) -> tuple[int, ...] | None:
         """The feature dimensions as a tuple."""
