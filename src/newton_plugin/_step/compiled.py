@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ __all__ = ["CompiledStep", "compiled_step"]
 
 _STEPS: dict[int, CompiledStep] = {}  # by the identity of their settings, which they keep alive
 _MOST_SETTINGS = 64
+_MOST_SEEN = 4096
+_LARGE = 2**19  # numbers in all rows
 
 
 class CompiledStep:
@@ -45,6 +48,7 @@ class CompiledStep:
         self._settings = settings
         self._functions: dict[tuple[TreeSpec, int], Callable[..., Any]] = {}
         self._off = False
+        self._seen: set[int] = set()  # numbers of rows
 
     def __call__(self, rule: StepRule, arrived: Tensor, scale: Tensor, groups: int) -> Tensor | None:
         """What enters the network for rows that arrive, in their dtype; the rule is as after a step.
@@ -60,14 +64,13 @@ class CompiledStep:
         """
         if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived):
             return None
-        leaves, form = tree_flatten(rule.complete_state(arrived, groups))
+        leaves, form = rule.leaves(arrived, groups)
         try:
             function = self._functions.get((form, groups))
             if function is None:
                 function = self._functions[form, groups] = _compiled(self._settings, groups, form)
-            with warnings.catch_warnings():  # the compiler warns of itself
-                warnings.simplefilter("ignore")
-                sent, taken, damping, sizes, weight, *after = function(arrived, scale.reshape(()), *leaves)
+            with self._quietly(len(arrived)):
+                sent, taken, damping, weight, sizes, *after = function(arrived, scale.reshape(()), *leaves)
         except Exception as error:  # of the compiler, whatever it is
             self._off = True
             warnings.warn(
@@ -78,17 +81,34 @@ class CompiledStep:
             )
             return None
         matrix = after.pop(0) if len(after) > len(leaves) else None
-        rule.take_over(tree_unflatten(after, form))
+        rule.take_over(after, form)
+        structure = rule.curvature.structure
         rule.last = CurvatureStep(
             sent,
             damping,
             matrix,
-            lambda: _extremes(rule.curvature.structure, matrix, arrived, weight),
+            lambda: _extremes(structure, matrix, arrived, weight),
             finiteness=Finiteness(taken=taken),
-            sizes=lambda: (sizes[0], sizes[1]),
+            sizes=(lambda: (sizes[0], sizes[1])) if sizes.numel() else None,
         )
-        rule.last_gradient = rule.last_weight = rule.last_factor = None
+        rule.last_gradient, rule.last_weight = (None, None) if sizes.numel() else (arrived, weight)
+        rule.last_factor = None
         return sent
+
+    def _quietly(self, rows: int) -> AbstractContextManager[Any]:
+        """Inside, no warning of the compiler is heard. It may be at work wherever a number of rows is new."""
+        if rows in self._seen:
+            return nullcontext()
+        if len(self._seen) < _MOST_SEEN:
+            self._seen.add(rows)
+        return _quiet()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def compiled_step(settings: RuleSettings) -> CompiledStep | None:
@@ -118,9 +138,11 @@ def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[.
         taken = result.finiteness.taken
         assert taken is not None
         sent = torch.where(taken, (result.step * weight).to(arrived.dtype), arrived)
-        sizes = torch.stack([squared_norms(gradient).sum(), squared_norms(result.step).sum()])
+        sizes = arrived.new_empty(0)
+        if arrived.numel() >= _LARGE:  # whose rows are not kept for somebody who might ask
+            sizes = torch.stack([squared_norms(gradient).sum(), squared_norms(result.step).sum()])
         matrix = () if result.matrix is None else (result.matrix,)
-        return sent, taken, result.damping, sizes, weight, *matrix, *tree_flatten(rule.tensors())[0]
+        return sent, taken, result.damping, weight, sizes, *matrix, *tree_flatten(rule.tensors())[0]
 
     # The compiler counts its compilations by code, and gives up on one that it has compiled eight times. Each of ours
     # has a code of its own, so that other losses do not count here.

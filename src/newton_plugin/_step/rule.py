@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import HVP, Curvature, CurvatureStep
@@ -60,7 +61,7 @@ class StepRule:
     last_weight: Tensor | None = None
     last_factor: Tensor | None = None
     explicit: bool = False
-    _complete: bool = False  # whether :meth:`tensors` holds all that there will be
+    _taken_over: tuple[list[Tensor], TreeSpec] | None = None  # a newer state than that of the other attributes
     _structural_fallbacks: int = 0
     _gradients_not_stepped: Tensor | None = None
     _zero_hessians: Tensor | None = None
@@ -69,6 +70,7 @@ class StepRule:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the running state and not the last batch."""
         finish_exchanges()
+        self._settle()
         return {**self.__dict__, "last": None, "last_gradient": None, "last_weight": None, "last_factor": None}
 
     @property
@@ -124,6 +126,7 @@ class StepRule:
             live: the number of rows that have a gradient, no dimensions; None: all.
             factor: by which the steps of rows that are streamed are multiplied; see :meth:`Curvature.step`.
         """
+        self._settle()
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(gradient.device.type)):
             # A backward pass. To enter contexts costs as much as an operation.
             return self._judged(gradient, hvp, ranks, groups, weight, live, factor)
@@ -231,6 +234,7 @@ class StepRule:
     @property
     def fallbacks(self) -> int:
         """Batches so far that kept their gradient or used Fisher in place of the Hessian. Waits for the device."""
+        self._settle()
         self._report_zero()
         counts = (self._gradients_not_stepped, self._zero_hessians)
         return sum(int(count) for count in counts if count is not None) + self._structural_fallbacks
@@ -238,6 +242,7 @@ class StepRule:
     def state_dict(self) -> dict[str, Any]:
         """Running means and counters, as plain types and tensors."""
         finish_exchanges()  # with sync="lagged", the sums of the last step
+        self._settle()
         gain = self.gain.state_dict()
         return {
             "curvature": self.curvature.state_dict(),
@@ -277,18 +282,27 @@ class StepRule:
         self._gradients_not_stepped, self._zero_hessians = state["kept"], state["zero"]
         self.explicit = True
 
-    def complete_state(self, gradient: Tensor, groups: int) -> dict[str, Any]:
-        """:meth:`tensors`, with those of :meth:`initial_state` where nothing has come yet."""
-        state = self.tensors()
-        return state if self._complete else _filled(self.initial_state(gradient, groups), state)
+    def leaves(self, gradient: Tensor, groups: int) -> tuple[list[Tensor], TreeSpec]:
+        """The tensors of :meth:`tensors`, from :meth:`initial_state` where nothing has come yet; and their form."""
+        if self._taken_over is None:
+            return tree_flatten(_filled(self.initial_state(gradient, groups), self.tensors()))
+        return self._taken_over
 
-    def take_over(self, state: dict[str, Any]) -> None:
-        """The running state after a step that somebody else has taken from :meth:`complete_state`."""
-        self.restore(state)
-        self.explicit, self._complete = False, True
+    def take_over(self, leaves: list[Tensor], form: TreeSpec) -> None:
+        """Keep the state after a step that somebody else has taken from :meth:`leaves`."""
+        self._taken_over = leaves, form
+
+    def _settle(self) -> None:
+        """Bring a state that was taken over to where it belongs."""
+        if self._taken_over is not None:
+            leaves, form = self._taken_over
+            self._taken_over = None
+            self.restore(tree_unflatten(leaves, form))
+            self.explicit = False
 
     def tensors(self) -> dict[str, Any]:
         """The running state as tensors in dictionaries: what :meth:`restore` takes."""
+        self._settle()
         return {
             "curvature": self.curvature.state_dict(),
             "damping": self.damping.state_dict(),
@@ -332,7 +346,7 @@ class StepRule:
         self.damping.load_state_dict(state["damping"])
         self.gain.load_state_dict(state.get("gain", {}))
         self.summed = state.get("summed")
-        self._structural_fallbacks, self._complete = state["structural_fallbacks"], False
+        self._structural_fallbacks, self._taken_over = state["structural_fallbacks"], None
         self._gradients_not_stepped, self._zero_hessians = _copy(state["kept"]), _copy(state["zero"])
 
 
