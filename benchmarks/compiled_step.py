@@ -87,7 +87,7 @@ def mlp(width: int, m: int) -> nn.Module:
     return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, m))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"2 ms": lambda: mlp(256, 10), "30 ms": lambda: mlp(1700, 10)}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"2 ms": lambda: mlp(384, 10), "30 ms": lambda: mlp(1700, 10)}
 
 
 def steps(make: Callable[[], nn.Module], rounds: int) -> dict[str, float]:
