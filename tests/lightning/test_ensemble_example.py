@@ -57,10 +57,10 @@ def test_shares_are_counted_list_by_list() -> None:
     ).detach()
 
     def share(ranked_by: Tensor) -> float:
-        places = zip(ranked_by.tolist(), ranks.tolist(), strict=True)
-        right = [
-            sorted(range(10), key=values.__getitem__) == sorted(range(10), key=r.__getitem__) for values, r in places
-        ]
+        def order(values: list[float]) -> list[int]:
+            return sorted(range(10), key=values.__getitem__)
+
+        right = [order(a) == order(b) for a, b in zip(ranked_by.tolist(), ranks.tolist(), strict=True)]
         return 100 * sum(right) / len(right)
 
     assert single.tolist() == pytest.approx([share(s) for s in scores])
