@@ -62,6 +62,7 @@ examples: $(VENV)/.dev
 	$(BIN)/python -m examples.bilevel_lightning --epochs 10
 	$(BIN)/python -m examples.gallery --out $(VENV)/gallery
 	$(BIN)/python -m examples.plain_loop --steps 60
+	$(BIN)/python -m examples.ensemble --steps 20
 	$(BIN)/python -m examples.fabric_loop --steps 60
 	$(BIN)/python -m examples.accelerate_loop --steps 60
 	$(BIN)/python -m examples.ignite_engine --steps 60

@@ -15,7 +15,8 @@ import pytest
 from tests.reader import ROOT
 
 PARTS = ROOT / "docs" / "_parts"
-PACKAGES = ["newton_plugin"] + [f"newton_plugin.{room}" for room in ("algorithms", "convex", "bilevel", "testing")]
+ROOMS = ("algorithms", "convex", "bilevel", "functional", "testing")
+PACKAGES = ["newton_plugin"] + [f"newton_plugin.{room}" for room in ROOMS]
 PACKAGES += sorted(p.parent.name for p in (ROOT / "integrations").glob("*/__init__.py"))
 
 
