@@ -20,10 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*:UserWarning:torch"),
 ]
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9):
-    pytestmark.append(
-        pytest.mark.skip("earlier compilers do not follow torch.func.grad with a graph of its own inside")
-    )
+if torch.__version__.startswith("2.6."):
+    pytestmark.append(pytest.mark.skip("the compiler of torch 2.6 does not follow copy.deepcopy of a rule's damping"))
 RULES: list[dict[str, Any]] = [
     {"damping": 0.1},
     {"structure": "mean"},

@@ -173,7 +173,8 @@ def functional_newton_loss(
     Args:
         loss_fn: returns one number, or one for each sample. It has to work under ``torch.func.grad``.
         curvature, damping, structure, power, reduction, feature_dims: see :class:`newton_plugin.LossHook`.
-            ``refresh_every`` has to be 1. "auto" works where the Hessian is known in closed form.
+            ``refresh_every`` has to be 1. "auto" works where the Hessian is known in closed form. A class of your own
+            keeps all that it remembers in ``state_dict()``, whose entries ``initial_state()`` has from the start.
         outputs: which arguments hold the model's outputs: positions or names. Each has a curvature of its own; outputs
             that several calls of one layer made are one batch if they are concatenated.
         on_nonfinite: "keep" the gradient where it is not finite, or "raise". Under ``vmap`` and ``torch.compile``,

@@ -79,7 +79,7 @@ def in_chunks() -> bool:
     """Whether the running code is inside of ``vmap(chunk_size=...)``, which calls a function for some members each."""
     frame: Any = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "_chunked_vmap":
+        if frame.f_code.co_name == "_chunked_vmap" and frame.f_globals.get("__name__") == "torch._functorch.vmap":
             return True
         frame = frame.f_back
     return False
