@@ -26,6 +26,7 @@ from newton_plugin._derivatives.sample_hessians import HessianUnavailable, Sampl
 from newton_plugin._errors import NoBoundaryError, NoGradientError, TransformError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._linalg.diagonal_rank_one import DiagonalRankOne
+from newton_plugin._runtime.transforms import is_refusal
 
 __all__ = ["Differentiated", "Wanted", "differentiate"]
 
@@ -82,7 +83,7 @@ def differentiate(
 
     Raises:
         NoGradientError: the loss has no gradient.
-        TransformError: torch.func cannot differentiate it.
+        TransformError: torch.func cannot transform it.
         NoBoundaryError: the loss does not depend on one of the outputs.
     """
     rows = [w.layout.rows for w in wanted]
@@ -141,6 +142,8 @@ def differentiate(
             else:
                 gradients, (value, known) = torch.func.grad(seeded, argnums=which, has_aux=True)(*outputs)
     except RuntimeError as error:
+        if not is_refusal(error):
+            raise
         raise _refusal(error) from error
     hessians: list[SampleHessians | None] = []
     for k, w in enumerate(wanted):
@@ -159,6 +162,8 @@ def differentiate(
 
 def _factor(rows: int, seed: float, scaling: Scaling) -> float:
     """From what a pass with ``seed`` brings to the scale of ``g_i``."""
+    if not seed:  # no samples
+        return 1.0
     return rows / seed if scaling == "mean" else 1 / seed
 
 
@@ -223,12 +228,11 @@ def _hessians_of(tensors: Sequence[Tensor]) -> SampleHessians:
     return SampleHessians.of_rank_one(DiagonalRankOne(*detached))
 
 
-def _refusal(error: RuntimeError) -> Exception:
+def _refusal(error: RuntimeError) -> TransformError:
     """The error of torch.func, with what to do where the loss was not written for it."""
-    if "setup_context" not in str(error) and "forward AD" not in str(error):
-        return error
     return TransformError(
-        f"torch.func cannot differentiate this loss: {first_line(error)} Give its autograd.Functions a setup_context "
-        "and a vmap rule, detach what is differentiated in forward mode, or use npl.newton_loss or npl.LossHook "
+        f"torch.func cannot transform loss_fn: {first_line(error)} Write it for torch.func: a setup_context and a vmap "
+        "rule for its autograd.Functions, torch.where in place of a branch on numbers, nothing in place on tensors "
+        "that it was not given; detach what is differentiated in forward mode. Or use npl.newton_loss or npl.LossHook "
         "outside of transforms: they differentiate the loss that was computed."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -11,16 +11,10 @@ from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.arguments import check_outputs, loss_at, name_of, outputs_of
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
-from newton_plugin._step.pure import (
-    hessians_at,
-    initial_states,
-    preconditioned,
-    pure_steps,
-    state_from_dict,
-    state_to_dict,
-)
+from newton_plugin._step.pure import hessians_at, preconditioned, pure_steps
 from newton_plugin._step.rule import OnNonfinite
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.states import initial_states, state_from_dict, state_to_dict
 
 __all__ = ["FunctionalNewtonLoss", "NewtonState", "functional_newton_loss"]
 
@@ -84,8 +78,10 @@ class FunctionalNewtonLoss:
             ShapeError: outputs without a batch dimension, a loss that is neither one number nor one for each sample, a
                 state for outputs of another shape.
             NoGradientError, NoBoundaryError: the loss does not depend on its outputs.
-            ArgumentError: what cannot be done without looking at numbers; the message names it.
+            ArgumentError: a state of other settings.
+            TransformError: what a transform does not let this do; the message names it.
         """
+        _check_state(state)
         named = self._named(args, kwargs)
         states = self._states(state, named)
         found = pure_steps(
@@ -101,9 +97,12 @@ class FunctionalNewtonLoss:
         """The state in the form of :meth:`newton_plugin.LossHook.state_dict`. Of one member where there are several.
 
         For member k of a ``vmap``, give it ``torch.utils._pytree.tree_map(lambda t: t[k], state)``.
+
+        Raises:
+            ArgumentError: a state of several members.
         """
         rules = {name: state_to_dict(rule) for name, rule in state.rules.items()}
-        return {"rules": rules, "in_turn": False, "found_once": True, "skipped": 0}
+        return {"rules": rules, "in_turn": False, "by_position": True, "found_once": True, "skipped": 0}
 
     def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> NewtonState:
         """A state from :meth:`state_dict`, or from that of a :class:`newton_plugin.LossHook` with the same settings.
@@ -114,7 +113,13 @@ class FunctionalNewtonLoss:
 
         Raises:
             ArgumentError: another number of layers, other settings, or outputs of another shape.
+            ArgumentTypeError: no state_dict at all.
         """
+        if not (isinstance(state, Mapping) and isinstance(state.get("rules"), Mapping)):
+            raise ArgumentTypeError(
+                "state must be what state_dict() returned, a dictionary with the entry 'rules'; got "
+                f"{type(state).__name__}."
+            )
         fresh = self.init(*args, **kwargs)
         if len(state["rules"]) != len(fresh.rules):
             raise ArgumentError(
@@ -128,16 +133,20 @@ class FunctionalNewtonLoss:
         return outputs_of(self.loss_fn, self._outputs, args, kwargs)
 
     def _states(self, state: NewtonState, named: dict[str, Tensor]) -> list[dict[str, Any]]:
-        if not isinstance(state, NewtonState):
-            raise ArgumentTypeError(
-                f"state must be what init() or the last apply() returned; got {type(state).__name__}. Call "
-                "apply(state, outputs, ...), with the state first."
-            )
         if state.rules.keys() != named.keys():
             raise ArgumentError(
                 f"state must be of outputs={self._outputs}; got one of {sorted(state.rules)}. Make one by init()."
             )
         return [state.rules[name] for name in named]
+
+
+def _check_state(state: Any) -> None:
+    if not (isinstance(state, NewtonState) and isinstance(state.rules, dict)):
+        given = getattr(state, "rules", state)
+        raise ArgumentTypeError(
+            f"state must be what init() or the last apply() returned; got {type(given).__name__}. Call "
+            "apply(state, outputs, ...), with the state first."
+        )
 
 
 def functional_newton_loss(
@@ -164,7 +173,8 @@ def functional_newton_loss(
     Args:
         loss_fn: returns one number, or one for each sample. It has to work under ``torch.func.grad``.
         curvature, damping, structure, power, reduction, feature_dims: see :class:`newton_plugin.LossHook`.
-            ``refresh_every`` has to be 1. "auto" works where the Hessian is known in closed form.
+            ``refresh_every`` has to be 1. "auto" works where the Hessian is known in closed form. A class of your own
+            keeps all that it remembers in ``state_dict()``, whose entries ``initial_state()`` has from the start.
         outputs: which arguments hold the model's outputs: positions or names. Each has a curvature of its own; outputs
             that several calls of one layer made are one batch if they are concatenated.
         on_nonfinite: "keep" the gradient where it is not finite, or "raise". Under ``vmap`` and ``torch.compile``,

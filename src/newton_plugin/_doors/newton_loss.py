@@ -207,7 +207,7 @@ class NewtonLoss(nn.Module):
             raise NoGradientError(
                 f"outputs={which!r} of {self._loss_name} does not require grad: it was detached, computed under "
                 "torch.no_grad(), or is not what the model returned. To evaluate only, call it under "
-                "torch.no_grad() or in eval() mode."
+                "torch.no_grad() or in eval() mode; in torch.func.linearize use npl.functional.newton_loss."
             )
         return y
 

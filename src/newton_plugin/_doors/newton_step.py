@@ -15,9 +15,10 @@ from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._errors import NoGradientError, check_floating
 from newton_plugin._runtime.transforms import kinds_of_transforms
 from newton_plugin._step.compute import take_steps
-from newton_plugin._step.pure import initial_states, pure_steps
+from newton_plugin._step.pure import pure_steps
 from newton_plugin._step.rule import OnNonfinite
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
+from newton_plugin._step.states import initial_states
 
 __all__ = ["NewtonStep", "newton_step"]
 
@@ -121,7 +122,9 @@ def newton_step(
 def _pure(loss_of: Callable[[Sequence[Tensor]], Tensor], outputs: Tensor, settings: RuleSettings) -> NewtonStep:
     """The same under transforms and torch.compile. What has no number there is NaN: they return tensors alone."""
     y = {"outputs": outputs.detach()}
-    found = pure_steps(loss_of, y, lambda derived: initial_states(y, settings, derived.hessians), settings)
+    found = pure_steps(
+        loss_of, y, lambda derived: initial_states(y, settings, derived.hessians), settings, remembered=False
+    )
     (taken,), (layout,), last = found.steps, found.layouts, found.rules[0].last
     step = layout.from_rows(taken.step.to(outputs.dtype)).detach()
     none = torch.full((), torch.nan, dtype=taken.step.dtype, device=outputs.device)

@@ -25,6 +25,7 @@ class RunningStates:
     def __init__(self, settings: RuleSettings) -> None:
         self.rules: dict[str, StepRule] = {}
         self.in_turn = False
+        self._by_position: list[str] = []  # keys that were loaded and stand for the first layers that come
         self._settings = settings
         self._names = LayerNames()
         curvature = settings.build().curvature
@@ -58,6 +59,9 @@ class RunningStates:
 
     def of(self, keys: Sequence[str]) -> list[StepRule]:
         """The rules of one loss, made where there is none yet; so many are kept, whatever the limit."""
+        for key in dict.fromkeys(keys) if self._by_position else ():
+            if key not in self.rules and self._by_position:
+                self.rules[key] = self.rules.pop(self._by_position.pop(0))
         most = max(MAX_LAYERS, 4 * len(keys))
         for key in keys:
             while key not in self.rules and len(self.rules) >= most:  # outputs whose width changes all the time
@@ -69,11 +73,18 @@ class RunningStates:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""
-        return {"rules": {key: rule.state_dict() for key, rule in self.rules.items()}, "in_turn": self.in_turn}
+        rules = {key: rule.state_dict() for key, rule in self.rules.items()}
+        waiting = {"by_position": True} if self._by_position else {}
+        return {"rules": rules, "in_turn": self.in_turn, **waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; where a part of it does not fit, nothing is changed."""
+        """Restore what :meth:`state_dict` gave; where a part of it does not fit, nothing is changed.
+
+        A state of ``npl.functional`` names arguments and not layers: it says ``by_position``, and goes to the layers in
+        the order in which the next loss has them.
+        """
         rules = {key: self._settings.build() for key in state["rules"]}
         for key, rule in rules.items():
             rule.load_state_dict(state["rules"][key])
         self.rules, self.in_turn, self._names = rules, state.get("in_turn", False), LayerNames()
+        self._by_position = list(rules) if state.get("by_position") else []

@@ -13,9 +13,10 @@ from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._errors import TransformError
 from newton_plugin._runtime.members import Shelf, keep, kept
 from newton_plugin._runtime.processes import current_ranks
-from newton_plugin._runtime.transforms import has_tangent, kinds_of_transforms
-from newton_plugin._step.pure import RuleState, initial_states, preconditioned, pure_steps
+from newton_plugin._runtime.transforms import has_tangent, in_chunks, kinds_of_transforms
+from newton_plugin._step.pure import preconditioned, pure_steps
 from newton_plugin._step.settings import RuleSettings
+from newton_plugin._step.states import RuleState, initial_states
 
 __all__ = ["MemberStates", "needs_pure_engine", "transformed_loss"]
 
@@ -23,10 +24,9 @@ __all__ = ["MemberStates", "needs_pure_engine", "transformed_loss"]
 def needs_pure_engine(outputs: Sequence[Tensor]) -> bool:
     """Whether the running code differentiates by a transform of torch.func or in forward mode."""
     kinds = kinds_of_transforms()
-    if not kinds:
-        return any(has_tangent(y) for y in outputs)
-    # Under vmap alone and without gradients nothing is trained.
-    return "Grad" in kinds or "Jvp" in kinds or torch.is_grad_enabled()
+    if "Jvp" in kinds or any(has_tangent(y) for y in outputs):
+        return True
+    return bool(kinds) and torch.is_grad_enabled()  # without gradients nothing is trained, also inside of grad
 
 
 class MemberStates:
@@ -61,8 +61,15 @@ def transformed_loss(
     """The loss, whose derivative by ``outputs`` is the step, under any transforms.
 
     Raises:
-        TransformError: there are several processes, whose C no collective can average here.
+        TransformError: there are several processes, whose C no collective can average here; ``vmap`` takes the members
+            in chunks.
     """
+    if in_chunks():
+        raise TransformError(
+            "vmap(chunk_size=...) calls a wrapped loss once for each chunk, whose members would go on from the running "
+            "state of the chunk before. Leave chunk_size out, or use npl.functional.newton_loss, whose state is an "
+            "argument."
+        )
     if current_ranks(settings.sync).many:
         raise TransformError(
             "sync=True averages C over the processes, which the transforms of torch.func do not let it do. Pass "

@@ -73,7 +73,9 @@ class DiagonalLowRank:
         def solve(g: Tensor) -> Tensor:
             solved = g / shifted
             inner = torch.cholesky_solve((solved @ self.rows.mT * self.roots).mT, factor).mT
-            return solved.addmm_(inner * (self.roots * -self.factor), scaled)
+            inner = inner * (self.roots * -self.factor)
+            # In place it has no rule for vmap, which would take one member after the other.
+            return solved.addmm_(inner, scaled) if readable(solved) else torch.addmm(solved, inner, scaled)
 
         return solve
 

@@ -6,6 +6,7 @@ Neither can decide a branch of Python. Whatever looks at numbers asks :func:`rea
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from newton_plugin._errors import NewtonPluginError
+
 __all__ = [
     "batched",
+    "exporting",
     "has_graph",
     "has_tangent",
+    "in_chunks",
     "in_forward_mode",
+    "is_refusal",
     "kinds_of_transforms",
     "outside_transforms",
     "readable",
@@ -28,6 +34,16 @@ _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009 - no type stubs 
 _dispatch_mode: Any = getattr(torch._C, "_get_dispatch_mode")  # noqa: B009
 _modes: Any = getattr(torch._C, "_TorchDispatchModeKey")  # noqa: B009
 _TRACERS = (_modes.PROXY, _modes.FAKE)  # make_fx, which linearize uses; tensors without numbers
+
+
+_REFUSALS = (
+    *("setup_context", "forward AD", "forward mode", "vmap", "Batching rule", "batching operators", "data pointer"),
+    *("captured Tensor", "single memory location", "ZeroTensors"),
+)
+"""Parts of the messages in which torch.func says that a function cannot be transformed."""
+
+exporting: Any = getattr(torch.compiler, "is_exporting", lambda: False)  # of torch 2.7
+"""Whether ``torch.export`` traces the running code."""
 
 
 def readable(tensor: Tensor) -> bool:
@@ -69,6 +85,21 @@ def kinds_of_transforms() -> frozenset[str]:
     """The transforms that the running code is inside of: "Vmap", "Grad" (also ``vjp``), "Jvp"; empty if none."""
     stack = _functorch.get_interpreter_stack()
     return frozenset() if not stack else frozenset(interpreter.key().name for interpreter in stack)
+
+
+def in_chunks() -> bool:
+    """Whether the running code is inside of ``vmap(chunk_size=...)``, which calls a function for some members each."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_chunked_vmap" and frame.f_globals.get("__name__") == "torch._functorch.vmap":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether torch.func says by ``error`` that a function cannot be transformed."""
+    return not isinstance(error, NewtonPluginError) and any(part in str(error) for part in _REFUSALS)
 
 
 @contextmanager

@@ -15,33 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from newton_plugin._boundary.rows import RowLayout, layout_of
-from newton_plugin._derivatives.autograd import Scaling
+from newton_plugin._boundary.rows import RowLayout
+from newton_plugin._derivatives.autograd import Scaling, first_line
 from newton_plugin._derivatives.functional import Differentiated, Wanted, differentiate
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._errors import ArgumentError, ArgumentTypeError, ShapeError, TransformError, check_floating
-from newton_plugin._linalg.damped_inverse import working_dtype
+from newton_plugin._errors import ArgumentTypeError, ShapeError, TransformError, check_floating
 from newton_plugin._runtime.cuda_graphs import callers_state
 from newton_plugin._runtime.processes import ONE_PROCESS
+from newton_plugin._runtime.transforms import exporting, is_refusal
 from newton_plugin._step.attach import attach_step, in_size
 from newton_plugin._step.one_layer import LayerStep, rows_of_layer, step_of_layer
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import gain_sums, size_of
+from newton_plugin._step.states import RuleState, as_tensors, check_form, explicit_rule, layout_in, restore
 
 __all__ = [
     "PureSteps",
-    "RuleState",
     "hessians_at",
-    "initial_states",
     "preconditioned",
     "pure_steps",
-    "state_from_dict",
-    "state_to_dict",
 ]
-
-RuleState = dict[str, Any]
-"""The running state of one rule: tensors in dictionaries."""
 
 LossOf = Callable[[Sequence[Tensor]], Tensor]
 
@@ -74,6 +68,7 @@ def pure_steps(
     outputs: Mapping[str, Tensor],
     states: Callable[[Differentiated], Sequence[RuleState]],
     settings: RuleSettings,
+    remembered: bool = True,
 ) -> PureSteps:
     """The steps at ``outputs``.
 
@@ -82,12 +77,20 @@ def pure_steps(
         outputs: by name; without a graph of their own.
         states: gives the state of each output's rule, once the derivatives are known.
         settings: the rules.
+        remembered: whether there will be another step after the states of this one.
 
     Raises:
         ShapeError: a loss of another shape; a state of outputs of another shape.
+        ArgumentError: a state of other settings.
+        TransformError: what runs here was not written for transforms.
     """
-    rules = [_explicit(settings) for _ in outputs]
-    layouts = [_layout(y, settings) for y in outputs.values()]
+    if exporting():
+        raise TransformError(
+            "torch.export does not record the derivatives of torch.func, which a Newton step is made of. Export the "
+            "network without its loss; a step is compiled by torch.compile."
+        )
+    rules = [explicit_rule(settings) for _ in outputs]
+    layouts = [layout_in(y, settings) for y in outputs.values()]
     found: dict[str, Scaling] = {}
 
     def scaling_of(loss: Tensor) -> Scaling:
@@ -100,16 +103,16 @@ def pure_steps(
         scaling = found["scaling"]
         before = states(derived)
         steps, after = [], []
-        for k, (layout, rule, state) in enumerate(zip(layouts, rules, before, strict=True)):
-            rule.restore(state)
+        for k, (name, layout, rule, state) in enumerate(zip(outputs, layouts, rules, before, strict=True)):
+            restore(rule, name, state)
             rows, hessians = layout.to_rows(derived.gradients[k]), derived.hessians[k]
             by_share = None if hessians is None else hessians.times
-            layer = rows_of_layer(rule, rows, scaling, by_share or (lambda _: None), layout.groups, False)
-            steps.append(step_of_layer(layer, ONE_PROCESS))
+            steps.append(_step_of_layer(rule, rows, scaling, by_share or (lambda _: None), layout.groups))
         size = _in_one_size(steps, layouts, rules)
         for name, layout, rule, state in zip(outputs, layouts, rules, before, strict=True):
-            after.append(_as_tensors(rule.tensors(), derived.value))
-            _check_form(name, layout, state, after[-1])
+            after.append(as_tensors(rule.tensors(), derived.value))
+            if remembered:
+                check_form(name, layout, state, after[-1])
     return PureSteps(derived.value, scaling, layouts, steps, size, rules, after)
 
 
@@ -125,30 +128,12 @@ def preconditioned(found: PureSteps, outputs: Sequence[Tensor]) -> Tensor:
     return loss
 
 
-def initial_states(
-    outputs: Mapping[str, Tensor], settings: RuleSettings, hessians: Sequence[SampleHessians | None] | None = None
-) -> list[RuleState]:
-    """The states of the rules before the first step of outputs in these shapes.
-
-    Args:
-        outputs: by name.
-        settings: the rules.
-        hessians: of each output, which may decide the form of its state; None: not known.
-    """
-    states = []
-    for k, y in enumerate(outputs.values()):
-        layout, known = _layout(y, settings), None if hessians is None else hessians[k]
-        like = y.new_zeros((), dtype=working_dtype(y.device)).expand(layout.rows, layout.features)
-        states.append(_as_tensors(_explicit(settings).initial_state(like, layout.groups, known), like))
-    return states
-
-
 def hessians_at(
     loss_of: LossOf, outputs: Mapping[str, Tensor], settings: RuleSettings
 ) -> Sequence[SampleHessians | None]:
     """The Hessians of a loss at each of its outputs, as a step would use them."""
-    rules = [_explicit(settings) for _ in outputs]
-    layouts = [_layout(y, settings) for y in outputs.values()]
+    rules = [explicit_rule(settings) for _ in outputs]
+    layouts = [layout_in(y, settings) for y in outputs.values()]
     if not any(rule.curvature.needs_hessian for rule in rules):
         return [None] * len(rules)
     stopped = [y.detach() for y in outputs.values()]
@@ -156,74 +141,11 @@ def hessians_at(
     return differentiate(loss_of, stopped, wanted, lambda loss: _scaling(loss, layouts, settings)).hessians
 
 
-def state_to_dict(state: RuleState) -> dict[str, Any]:
-    """A state in the form of :meth:`StepRule.state_dict`."""
-    curvature = {
-        name: bool(value) if isinstance(value, Tensor) and value.dtype == torch.bool else value
-        for name, value in state["curvature"].items()
-    }
-    return {**state, "curvature": curvature, "structural_fallbacks": 0}
-
-
-def state_from_dict(saved: dict[str, Any], fresh: RuleState, settings: RuleSettings) -> RuleState:
-    """The inverse of :func:`state_to_dict`; also from the state of a rule that has not met all of its tensors.
-
-    Args:
-        saved: by :meth:`StepRule.state_dict`.
-        fresh: the state before the first step, which stands for what is not in ``saved``.
-        settings: the rules.
-
-    Raises:
-        ArgumentError: a state of other settings or of outputs of another shape, or one that is not finite.
-    """
-    settings.build().check_state(saved)
-    return _filled(fresh, saved)
-
-
-def _filled(fresh: RuleState, saved: dict[str, Any]) -> RuleState:
-    made: RuleState = {}
-    for name, value in fresh.items():
-        given = saved.get(name)
-        if isinstance(value, dict):
-            made[name] = _filled(value, given or {})
-        elif given is None:
-            made[name] = value
-        else:
-            tensor = torch.as_tensor(given).to(value, copy=True)
-            if tensor.shape != value.shape:
-                raise ArgumentError(
-                    f"state is one of outputs of another shape: its {name!r} has shape {tuple(tensor.shape)}; these "
-                    f"outputs need {tuple(value.shape)}. Begin without it."
-                )
-            made[name] = tensor
-    return made
-
-
 def _wanted(outputs: Mapping[str, Tensor], layouts: Sequence[RowLayout], rules: Sequence[StepRule]) -> list[Wanted]:
     return [
         Wanted(name, layout, rule.wants_closed_form(layout.features), rule.wants_products(layout.features))
         for name, layout, rule in zip(outputs, layouts, rules, strict=True)
     ]
-
-
-def _layout(outputs: Tensor, settings: RuleSettings) -> RowLayout:
-    make = RowLayout if torch.compiler.is_compiling() else layout_of  # which torch.compile warns of: it has a cache
-    return make(tuple(outputs.shape), settings.features)
-
-
-def _explicit(settings: RuleSettings) -> StepRule:
-    """A rule without a state.
-
-    Raises:
-        TransformError: its C is kept by a count of steps, which is no tensor.
-    """
-    rule = settings.build()
-    if rule.curvature.refresh_every > 1:
-        raise TransformError(
-            f"refresh_every={rule.curvature.refresh_every} counts steps in Python, which a pure function cannot: under "
-            "torch.func and in npl.functional use refresh_every=1."
-        )
-    return rule
 
 
 def _scaling(loss: Any, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
@@ -238,6 +160,26 @@ def _scaling(loss: Any, layouts: Sequence[RowLayout], settings: RuleSettings) ->
         f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
         f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
     )
+
+
+def _step_of_layer(
+    rule: StepRule,
+    rows: Tensor,
+    scaling: Scaling,
+    hessians_of: Callable[[Tensor | None], SampleHessians | None],
+    groups: int,
+) -> LayerStep:
+    """:func:`step_of_layer`, where a class of a user's own may not be written for transforms."""
+    try:
+        return step_of_layer(rows_of_layer(rule, rows, scaling, hessians_of, groups, False), ONE_PROCESS)
+    except RuntimeError as error:
+        if not is_refusal(error):
+            raise
+        raise TransformError(
+            f"torch.func cannot transform the step of curvature={rule.curvature!r} with damping={rule.damping!r}: "
+            f"{first_line(error)} Use torch.where in place of a branch on numbers, and no .item() or float(); or take "
+            "this step outside of vmap."
+        ) from error
 
 
 def _in_one_size(steps: Sequence[LayerStep], layouts: Sequence[RowLayout], rules: Sequence[StepRule]) -> Tensor | None:
@@ -255,30 +197,3 @@ def _in_one_size(steps: Sequence[LayerStep], layouts: Sequence[RowLayout], rules
         if factor is not None:
             step.step = torch.where(taken, step.step * factor, step.gradient.to(step.step.dtype))
     return torch.where(taken, size, 1.0)
-
-
-def _as_tensors(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
-    """A state whose leaves are all tensors."""
-    made: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            made[name] = _as_tensors(value, like)
-        elif isinstance(value, Tensor):
-            made[name] = value
-        else:
-            made[name] = torch.as_tensor(value, device=like.device)
-    return made
-
-
-def _check_form(name: str, layout: RowLayout, before: RuleState, after: RuleState) -> None:
-    """Raise :class:`ShapeError` where a step has changed the form of a state: it was made for other outputs."""
-    if _form(before) != _form(after):
-        raise ShapeError(
-            f"the state of outputs={name!r} does not fit outputs of shape {layout.shape}: it was made by init() for "
-            "another shape or other arguments, or the curvature or damping is a class of yours whose initial_state() "
-            "is not what state_dict() is after a step. Make one by init() of these outputs."
-        )
-
-
-def _form(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: _form(v) if isinstance(v, dict) else tuple(v.shape) for name, v in state.items()}

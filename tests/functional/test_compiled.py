@@ -1,0 +1,113 @@
+"""Inside ``torch.compile(fullgraph=True)`` a step is one graph, equal to the eager one, and compiled once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad_and_value
+from torch.utils._pytree import tree_leaves
+
+import newton_plugin as npl
+
+pytestmark = [
+    # Of the compiler's own parts.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:torch"),
+]
+if torch.__version__.startswith("2.6."):
+    pytestmark.append(pytest.mark.skip("the compiler of torch 2.6 does not follow copy.deepcopy of a rule's damping"))
+RULES: list[dict[str, Any]] = [
+    {"damping": 0.1},
+    {"structure": "mean"},
+    {"structure": "mean", "power": 0.5},
+    {"structure": "per_sample", "power": 0.5},
+    {"structure": "diagonal"},
+    {"structure": "block"},
+    {"curvature": "norm"},
+    {"curvature": "hessian"},
+    {"curvature": "hessian", "structure": "per_sample"},
+    {"curvature": "hessian", "structure": "isotropic", "damping": 0.1},
+]
+G = torch.Generator().manual_seed(0)
+
+
+def batch(n: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 5, generator=G, dtype=torch.float64), torch.randint(0, 3, (n,), generator=G)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def training_step(newton: Any) -> Callable[..., Any]:
+    def step(w: Tensor, state: Any, x: Tensor, t: Tensor) -> Any:
+        def loss(w: Tensor) -> Any:
+            return newton.apply(state, x @ w, t)
+
+        gradient, (value, state) = grad_and_value(loss, has_aux=True)(w)
+        return w - 0.1 * gradient, state, value
+
+    return step
+
+
+def check(rule: dict[str, Any], backend: str) -> None:
+    newton = npl.functional.newton_loss(F.cross_entropy, **rule)
+    step = training_step(newton)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    w = torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x, t = batch(6)
+    ours = theirs = (w, newton.init(x @ w, t), None)
+    for count, most in ((6, 1), (6, 1), (6, 1), (7, 2), (9, 2), (12, 2)):
+        x, t = batch(count)
+        ours, theirs = compiled(*ours[:2], x, t), step(*theirs[:2], x, t)
+        assert graphs() <= most, "once, and once more where the size of the batch changes"
+        for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_the_default_rule() -> None:
+    check({}, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_every_rule(rule: dict[str, Any]) -> None:
+    check(rule, "aot_eager")
+
+
+@pytest.mark.slow
+def test_the_default_rule_in_generated_code() -> None:
+    check({}, "inductor")
+
+
+def test_with_backward() -> None:
+    """A loss that is compiled, and ``loss.backward()`` outside."""
+    newton = npl.functional.newton_loss(F.cross_entropy)
+    x, t = batch(6)
+    y = x[:, :3]
+
+    def loss(y: Tensor, state: Any) -> Any:
+        return newton.apply(state, y, t)
+
+    found = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = y.clone().requires_grad_()
+        value, _ = f(leaf, newton.init(y))
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-12, atol=0)
