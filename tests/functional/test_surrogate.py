@@ -78,6 +78,9 @@ def test_samples_may_change_places(n: int, m: int, seed: int, rule: dict[str, An
 class Counting(npl.Curvature):
     """A curvature of a user's own, which changes its state in place."""
 
+    def __repr__(self) -> str:  # the name of a test, the same in every process
+        return "Counting()"
+
     def __init__(self) -> None:
         self.steps = torch.zeros(())
 
