@@ -55,12 +55,14 @@ def _written_out(
     loss: Tensor, outputs: Tensor, step: Tensor, weight: Tensor, layout: RowLayout, per_row: bool
 ) -> Tensor:
     """The surrogate in operations of torch. No 0 times infinity may reach the value."""
-    moved = outputs - outputs.detach()
-    moved = torch.where(torch.isfinite(outputs), moved, 0.0)  # -inf is a logit that is masked
+    # Zero, and of slope 1; of slope 0 where an output is not finite: -inf is a logit that is masked.
+    moved = (outputs - outputs.detach()).nan_to_num(0.0)
     rows = layout.to_rows(moved).to(step.dtype)
     finite = torch.isfinite(step)
-    # A step that is not finite is the gradient, which a GradScaler has to see: the slope of a square root at 0.
-    infinite = torch.where(finite, 1.0, rows).sqrt()
+    # A step that is not finite is the gradient, which a GradScaler has to see: at 0 the root has an infinite slope, and
+    # the root of a square none at all.
+    root = torch.where(finite, 1.0, torch.where(torch.isnan(step), rows.square(), rows)).sqrt()
+    infinite = torch.where(step < 0, -root, root)
     surrogate = torch.where(finite, step, 0.0) * rows + rows.square() / 2 + (infinite - infinite.detach())
     total = surrogate.sum(-1).reshape(loss.shape) if per_row else surrogate.sum() * weight
     return loss + total.to(loss.dtype)
