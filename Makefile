@@ -21,7 +21,7 @@ test-slow: $(VENV)/.dev
 	$(BIN)/python $(PYTEST) -m slow
 
 # The tests of the core's rooms, which mirror src/newton_plugin.
-CORE_TESTS := $(addprefix tests/,boundary curvature derivatives doors faults identities linalg runtime step)
+CORE_TESTS := $(addprefix tests/,boundary curvature derivatives doors faults functional identities linalg runtime step)
 
 # The lower ends of the declared ranges, in an environment of their own (a download of several GB on Linux).
 test-oldest: .venv-oldest/.dev

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 import newton_plugin as npl
 from newton_plugin._step import compiled
 
+# Its compiler does not follow the rules: steps are eager there, with the warning.
+compiles = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="the compiler of torch 2.6 gives up")
+
 RULES: dict[str, dict[str, Any]] = {
     "default": {},
     "norm": {"curvature": "norm"},
@@ -79,18 +82,21 @@ def same(options: dict[str, Any], sizes: tuple[int, ...], tolerance: float) -> N
         )
 
 
+@compiles
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("options", RULES.values(), ids=RULES)
 def test_the_same_steps(options: dict[str, Any]) -> None:
     same(options, (12, 12, 7, 30, 12), 0)
 
 
+@compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["default", "norm", "mean"])
 def test_the_same_steps_in_machine_code(rule: str) -> None:
     same(RULES[rule], (12, 12, 7, 30, 12), 1e-6)
 
 
+@compiles
 @pytest.mark.usefixtures("quick")
 def test_two_compilations_serve_all_batch_sizes() -> None:
     torch.manual_seed(0)
@@ -101,6 +107,7 @@ def test_two_compilations_serve_all_batch_sizes() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+@compiles
 @pytest.mark.usefixtures("quick")
 def test_a_gradient_that_is_not_finite_stays() -> None:
     hook, net = npl.LossHook(compile_step=True), nn.Linear(5, 4)

@@ -232,7 +232,7 @@ class Hessian(Curvature):
             shape = running_shape(self.structure, gradient, damping, groups, hessians)
             mean = RunningMean.initial_state(shape, gradient)
         fisher = self._fisher.initial_state(gradient, damping, groups)
-        no = torch.zeros((), dtype=torch.bool, device=gradient.device)
+        no = gradient.new_zeros((), dtype=torch.bool)
         return {"mean": mean, "fisher": fisher, "independent": no}
 
     def state_dict(self) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class RunningMean:
             TypeError: a state of something else.
         """
         mean, count = state.get("mean"), state.get("count")
-        if not isinstance(mean, Tensor | None) or not isinstance(count, Tensor | None):
+        if not all(value is None or isinstance(value, Tensor) for value in (mean, count)):
             raise TypeError("the state of a running mean holds two tensors")
         self._mean, self._count, self._norm = mean, count, None
         self._in_place = False

@@ -265,13 +265,14 @@ class StepRule:
             hessians: of a batch; see :meth:`Curvature.initial_state`.
         """
         like = gradient.new_zeros(gradient.shape, dtype=working_dtype(gradient.device))
-        count = torch.zeros((), dtype=torch.int64, device=gradient.device)
+        # Of the rows, so that under vmap each member has its own.
+        count = gradient.new_zeros((), dtype=torch.int64)
         return {
             "curvature": self.curvature.initial_state(like, self.damping, groups, hessians),
             "damping": self.damping.initial_state(like),
             "gain": {"last": like.new_zeros(())} if self.relative else {},
             "kept": count,
-            "zero": count.clone(),
+            "zero": gradient.new_zeros((), dtype=torch.int64),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
