@@ -45,12 +45,12 @@ def _compiled_probes(gradient: Tensor) -> tuple[Tensor, Tensor]:
     n, m = gradient.shape
 
     def mixed(count: int, by: float) -> Tensor:
-        k = torch.arange(1, count + 1, dtype=torch.float64, device=gradient.device)
+        k = torch.arange(count, dtype=torch.float64, device=gradient.device) + 1
         return (torch.sin(k * by) * 43758.5453).frac()
 
     i = torch.arange(n, device=gradient.device)
     signs = torch.where(mixed(n, 78.233) > 0, 1.0, -1.0)
-    signs = torch.where(i == 0, -signs[min(1, n - 1)], signs)  # never one sign for all
+    signs = torch.where(i == 0, -signs[1], signs)  # never one sign for all, of at least two
     return mixed(n * m, 12.9898).reshape(n, m).to(gradient), signs.to(gradient).unsqueeze(1)
 
 
