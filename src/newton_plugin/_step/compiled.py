@@ -46,7 +46,7 @@ class CompiledStep:
 
     def __init__(self, settings: RuleSettings) -> None:
         self._settings = settings
-        self._functions: dict[tuple[TreeSpec, int], Callable[..., Any]] = {}
+        self._functions: dict[int, Callable[..., Any]] = {}
         self._off = False
         self._seen: set[int] = set()  # numbers of rows
 
@@ -66,9 +66,9 @@ class CompiledStep:
             return None
         leaves, form = rule.leaves(arrived, groups)
         try:
-            function = self._functions.get((form, groups))
+            function = self._functions.get(groups)  # the form of a state follows from the settings
             if function is None:
-                function = self._functions[form, groups] = _compiled(self._settings, groups, form)
+                function = self._functions[groups] = _compiled(self._settings, groups, form)
             with self._quietly(len(arrived)):
                 sent, taken, damping, weight, sizes, *after = function(arrived, scale.reshape(()), *leaves)
         except Exception as error:  # of the compiler, whatever it is
