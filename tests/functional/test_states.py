@@ -229,3 +229,8 @@ def test_a_state_by_position_meets_layers_by_their_order() -> None:
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
     assert other.state_dict()["rules"].keys() == unbroken.state_dict()["rules"].keys()
+
+
+def test_repr_names_arguments_of_the_function() -> None:
+    newton = npl.functional.newton_loss(torch.nn.functional.cross_entropy, damping=0.1)
+    assert repr(newton) == "newton_plugin.functional.newton_loss(cross_entropy, damping=0.1)"

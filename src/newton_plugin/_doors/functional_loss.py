@@ -42,7 +42,7 @@ class FunctionalNewtonLoss:
         self._outputs = check_outputs(outputs)
 
     def __repr__(self) -> str:
-        parts = [name_of(self.loss_fn), self._settings.describe()] + [f"outputs={self._outputs}"] * (
+        parts = [name_of(self.loss_fn), self._settings.describe(without=("sync",))] + [f"outputs={self._outputs}"] * (
             self._outputs != (0,)
         )
         return f"newton_plugin.functional.newton_loss({', '.join(filter(None, parts))})"

@@ -133,8 +133,8 @@ class RuleSettings:
         """The feature dimensions as a tuple."""
         return self.feature_dims  # type: ignore[return-value]  # made one when they were checked
 
-    def describe(self) -> str:
-        """The arguments that differ from their defaults, for ``repr``."""
+    def describe(self, without: Sequence[str] = ()) -> str:
+        """The arguments that differ from their defaults, for ``repr``; those of ``without`` are left out."""
         defaults = RuleSettings.__dataclass_fields__
-        shown = {k: getattr(self, k) for k in defaults}
+        shown = {k: getattr(self, k) for k in defaults if k not in without}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items() if v != defaults[k].default)
