@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
-from newton_plugin._curvature.protocol import CurvatureStep
+from newton_plugin._curvature.overriding import holds
+from newton_plugin._curvature.protocol import Curvature, CurvatureStep
 from newton_plugin._derivatives.autograd import first_line
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._linalg.large_rows import nonzero_rows, squared_norms
@@ -32,6 +34,7 @@ __all__ = ["CompiledStep", "compiled_step"]
 
 _STEPS: dict[int, CompiledStep] = {}  # by the identity of their settings, which they keep alive
 _MOST_SETTINGS = 64
+_OURS = f"{__name__.partition('.')[0]}."
 
 
 class CompiledStep:
@@ -58,7 +61,7 @@ class CompiledStep:
         Returns:
             The rows that are sent; None where they are not to be had by what is compiled: nothing has changed then.
         """
-        if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived):
+        if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived) or not _is_pure(rule):
             return None
         leaves, form = tree_flatten(rule.complete_state(arrived, groups))
         try:
@@ -67,7 +70,9 @@ class CompiledStep:
                 function = self._functions[form, groups] = _compiled(self._settings, groups, form)
             with warnings.catch_warnings():  # the compiler warns of itself
                 warnings.simplefilter("ignore")
-                sent, taken, damping, sizes, weight, *after = function(arrived, scale.reshape(()), *leaves)
+                sent, taken, damping, sizes, squared, matrix, *after = function(arrived, scale.reshape(()), *leaves)
+            if len(after) != len(leaves):
+                raise ValueError("the state after a step has another form than initial_state() gives")
         except Exception as error:  # of the compiler, whatever it is
             self._off = True
             warnings.warn(
@@ -77,13 +82,13 @@ class CompiledStep:
                 stacklevel=2,
             )
             return None
-        matrix = after.pop(0) if len(after) > len(leaves) else None
         rule.take_over(tree_unflatten(after, form))
+        structure, features = rule.curvature.structure, arrived.shape[1]
         rule.last = CurvatureStep(
-            sent,
+            sent.new_empty(len(sent), 0),  # nobody asks for the step itself, and it may be large
             damping,
             matrix,
-            lambda: _extremes(rule.curvature.structure, matrix, arrived, weight),
+            lambda: _extremes(structure, matrix, squared, features),
             finiteness=Finiteness(taken=taken),
             sizes=lambda: (sizes[0], sizes[1]),
         )
@@ -107,7 +112,7 @@ def compiled_step(settings: RuleSettings) -> CompiledStep | None:
 def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[..., Any]:
     """The step as one compiled function of tensors."""
 
-    def step(arrived: Tensor, scale: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def step(arrived: Tensor, scale: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
         rule = settings.build()
         rule.restore(tree_unflatten(list(leaves), form))
         live = all_if_none(nonzero_rows(arrived).sum(), len(arrived))
@@ -118,9 +123,9 @@ def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[.
         taken = result.finiteness.taken
         assert taken is not None
         sent = torch.where(taken, (result.step * weight).to(arrived.dtype), arrived)
-        sizes = torch.stack([squared_norms(gradient).sum(), squared_norms(result.step).sum()])
-        matrix = () if result.matrix is None else (result.matrix,)
-        return sent, taken, result.damping, sizes, weight, *matrix, *tree_flatten(rule.tensors())[0]
+        squared = squared_norms(gradient)
+        sizes = torch.stack([squared.sum(), squared_norms(result.step).sum()])
+        return sent, taken, result.damping, sizes, squared, result.matrix, *tree_flatten(rule.tensors())[0]
 
     # The compiler counts its compilations by code, and gives up on one that it has compiled eight times. Each of ours
     # has a code of its own, so that other losses do not count here.
@@ -128,12 +133,30 @@ def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[.
     return torch.compile(own, fullgraph=True)
 
 
-def _extremes(structure: str, matrix: Tensor | None, arrived: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _is_pure(rule: StepRule) -> bool:
+    """Whether all that a step changes is in the state which the rule has from its first step on.
+
+    Not so of a C that is kept for several steps; and nobody knows of a class of a user's own that has attributes,
+    unless it says by ``initial_state``.
+    """
+    return (
+        rule.curvature.refresh_every == 1
+        and _says_its_state(rule.curvature, "step")
+        and _says_its_state(rule.damping, "value")
+    )
+
+
+def _says_its_state(own: Curvature | Damping, method: str) -> bool:
+    made = next(base for base in type(own).__mro__ if method in base.__dict__)
+    of_ours = made.__module__.startswith(_OURS)
+    return of_ours or not vars(own) or holds(type(own), "initial_state", method)
+
+
+def _extremes(structure: str, matrix: Tensor | None, squared: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of C, for people."""
     if matrix is not None:
         return {"isotropic": Isotropic, "diagonal": Diagonal}.get(structure, Dense)(matrix).extremes()
     if structure == "per_sample":
-        squared = squared_norms(arrived) / weight.square()
-        return (torch.zeros_like(weight) if arrived.shape[1] > 1 else squared.min()), squared.max()
-    unknown = torch.full_like(weight, torch.nan)
+        return (squared.new_zeros(()) if features > 1 else squared.min()), squared.max()
+    unknown = squared.new_full((), torch.nan)
     return unknown, unknown
