@@ -115,9 +115,12 @@ class StepInBackward:
             self._upstream = grad_outputs[0].detach()
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
+        zero = scale.device.type == "cpu" and not bool(scale)
+        if zero and self._seed is not None:  # as if it were 1: a further pass could not divide by it
+            scale = torch.ones_like(scale)
         self._make(gradient, scale)
         self._scale = scale
-        if scale.device.type == "cpu" and not bool(scale) and not bool(gradient.any()):
+        if zero and self._seed is None and not bool(gradient.any()):
             return  # of a loss times zero nothing is known; a further pass may bring its gradient
         self.waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
 
