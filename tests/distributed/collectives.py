@@ -26,7 +26,8 @@ from tests.twins import relative_error
 from torch import Tensor, nn
 
 import newton_plugin as npl
-from newton_plugin._runtime.processes import current_ranks
+from newton_plugin._runtime.agreement import Verdict
+from newton_plugin._runtime.processes import ProcessGroup, current_ranks
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "all_to_all", "barrier")
 FEW: list[dict[str, Any]] = [
@@ -209,3 +210,60 @@ def an_error_of_one_rank_is_told_to_all(rank: int) -> None:
         y = network()(x)
         with pytest.raises(npl.RanksDisagreeError, match=r"rank 1: RuntimeError: no gradient today"):
             npl.LossHook(**options)(curved(Refusing.apply(y) if rank else y, t))
+
+
+@scenario
+def what_one_rank_alone_cannot_use_is_told_to_all(rank: int) -> None:
+    """By the checks of both doors, before a step begins. All ranks raise, and go on together."""
+    x, t = part(rank, BATCHES[0])
+
+    def without_graph(y: Tensor, t: Tensor) -> Tensor:
+        return curved(y.detach() if rank else y, t)
+
+    def without_outputs(y: Tensor, t: Tensor) -> Tensor:
+        return y.new_zeros(()).requires_grad_() * 2 if rank else curved(y, t)
+
+    def of_some_rows(y: Tensor, t: Tensor) -> Tensor:
+        return (y - t).square().sum(-1)[: 1 if not rank else 2].expand(len(y) if not rank else 2)
+
+    for options in ({}, {"structure": "mean"}, {"curvature": "hessian"}):
+        wrapped: list[Any] = [npl.newton_loss(f, **options) for f in (without_graph, without_outputs, of_some_rows)]
+        for loss in wrapped:
+            with pytest.raises(npl.RanksDisagreeError, match=r"rank 1: (NoGradient|NoBoundary|Shape)Error"):
+                loss(network()(x), t)
+        with pytest.raises(npl.RanksDisagreeError, match=r"rank 1: NoGradientError"):
+            npl.newton_loss(curved, **options)(network()(x).detach() if rank else network()(x), t)
+        with pytest.raises(npl.RanksDisagreeError, match=r"rank 1: NoGradientError"):
+            npl.LossHook(**options)(without_graph(network()(x), t))
+        y = network()(x)
+        y = y if rank else y.unsqueeze(-1) * torch.ones(1, 1, 2, dtype=y.dtype)
+        with pytest.raises(npl.RanksDisagreeError, match=r"rank 1: ShapeError"):
+            npl.newton_loss(lambda y: y.square().mean(), feature_dims=2, **options)(y)
+        together(rank, options, BATCHES[:1])
+
+
+class Copied:
+    """Of a verdict that an accelerator has copied to the host."""
+
+    def synchronize(self) -> None: ...
+
+
+@scenario
+def sums_taken_in_by_one_rank_alone_change_no_order(rank: int) -> None:
+    """Rank 0 saves a checkpoint between two lagged steps. What the ranks disagreed on before is read at one call."""
+    group = current_ranks(True)
+    assert isinstance(group, ProcessGroup)
+    numbers, delivered = torch.ones(2, dtype=torch.float64), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Verdict, "of", staticmethod(lambda agreed, what: Verdict(agreed, what, Copied())))
+        group.start("ours" if rank else "theirs", numbers, delivered.append)
+        group.start("the same", numbers, delivered.append)
+        if rank == 0:
+            group.finish()
+        with pytest.raises(npl.RanksDisagreeError, match="rank 0: theirs; rank 1: ours"):
+            group.start("the same", numbers, delivered.append)
+        group.start("the same", numbers, delivered.append)
+        group.settle()
+        group.settle()
+    assert delivered[0].isnan().all()
+    assert all(sums.tolist() == [2, 2] for sums in delivered[1:])

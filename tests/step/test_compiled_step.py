@@ -96,6 +96,113 @@ def test_the_same_steps_in_machine_code(rule: str) -> None:
     same(RULES[rule], (12, 12, 7, 30, 12), 1e-6)
 
 
+class Counting(npl.Damping):
+    """A memory that nobody is told of."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def value(self, scale: Tensor) -> Tensor:
+        self.steps += 1
+        return scale / self.steps
+
+
+class Averaging(npl.Damping):
+    """A state that begins empty."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def value(self, scale: Tensor) -> Tensor:
+        self.last = scale if self.last is None else (self.last + scale) / 2
+        return self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.last is None else {"last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last = state.get("last")
+
+
+class Told(Averaging):
+    """The same, which says how its state begins."""
+
+    def value(self, scale: Tensor) -> Tensor:
+        assert self.last is not None
+        self.last = torch.where(self.last == 0, scale, (self.last + scale) / 2)
+        return self.last
+
+    def initial_state(self, like: Tensor) -> dict[str, Any]:
+        return {"last": like.new_zeros(())}
+
+
+class Misled(Averaging):
+    """Says it, and has another form after a step."""
+
+    def value(self, scale: Tensor) -> Tensor:
+        return super().value(scale)
+
+    def initial_state(self, like: Tensor) -> dict[str, Any]:
+        return {}
+
+
+class Half(npl.Damping):
+    def value(self, scale: Tensor) -> Tensor:
+        return scale / 2
+
+
+@compiles
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("options", "is_compiled"),
+    [
+        ({"damping": Half()}, True),
+        ({"damping": Told()}, True),
+        ({"damping": Counting()}, False),
+        ({"damping": Averaging()}, False),
+        ({"curvature": npl.EmpiricalFisher("mean", refresh_every=3)}, False),
+        ({"curvature": npl.EmpiricalFisher("isotropic", refresh_every=3)}, False),
+    ],
+    ids=["no attributes", "says its state", "attributes", "a state", "kept C", "kept number"],
+)
+def test_rules_whose_state_nobody_knows_before_the_first_step_stay_eager(
+    options: dict[str, Any], is_compiled: bool
+) -> None:
+    torch.manual_seed(0)
+    net, hook = nn.Linear(5, 4), npl.LossHook(**options, compile_step=True)
+    if isinstance(options.get("damping"), Told):  # the eager twin has no initial_state()
+        options = {"damping": Averaging()}
+    eager = npl.LossHook(**options)
+    for seed in range(5):
+        assert torch.equal(gradient(net, hook, 12, seed), gradient(net, eager, 12, seed))
+    (step,) = compiled._STEPS.values()
+    assert bool(step._functions) == is_compiled
+
+
+@compiles
+@pytest.mark.usefixtures("quick")
+def test_a_state_that_grows_against_its_word_is_told_once() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(5, 4)
+    hook, eager = (npl.LossHook(damping=Misled(), compile_step=compiles) for compiles in (True, False))
+    with pytest.warns(UserWarning, match="another form than initial_state"):
+        first = gradient(net, hook, 12, 0)
+    assert torch.equal(first, gradient(net, eager, 12, 0))
+    for seed in (1, 2):  # a second warning would be an error
+        assert torch.equal(gradient(net, hook, 12, seed), gradient(net, eager, 12, seed))
+
+
+@compiles
+@pytest.mark.usefixtures("quick")
+def test_the_last_batch_is_not_kept_where_it_is_large() -> None:
+    hook = npl.LossHook(compile_step=True)
+    y = torch.randn(8, 2**16, requires_grad=True)
+    hook((y * 1.0).square().sum(-1).mean()).backward()
+    (rule,) = hook._used
+    assert rule.last is not None
+    assert rule.last.step.numel() == 0
+
+
 @compiles
 @pytest.mark.usefixtures("quick")
 def test_two_compilations_serve_all_batch_sizes() -> None:

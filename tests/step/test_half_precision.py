@@ -311,3 +311,25 @@ def test_a_network_in_half_trains_as_in_float64(dtype: torch.dtype) -> None:
         assert net.weight.grad is not None
         found.append(net.weight.grad.double())
     assert float((found[0] - found[1]).norm() / found[1].norm()) <= 8 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("large", [1, large_rows._LARGE])
+@pytest.mark.parametrize("options", [{}, *(o for o, _ in RULES.values())], ids=str)
+@pytest.mark.parametrize("loss", ["in half", "in float32"])
+def test_a_loss_times_zero_sends_zero_and_a_further_pass_its_step(
+    dtype: torch.dtype, large: int, options: dict[str, Any], loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight of zero in a warm-up, or a loss switched off: plain training sends 0, and so does a step."""
+    monkeypatch.setattr(large_rows, "_LARGE", large)
+    y, t = case(6, 4, dtype)
+    theirs = sent(y.double(), t, LOSSES[loss], 1.0, **options)
+    leaf = y.clone().requires_grad_()
+    value = npl.newton_loss(LOSSES[loss], **options)(leaf * 1, t)
+    (0 * value).backward(retain_graph=True)
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+    leaf.grad = None
+    value.backward()
+    assert leaf.grad is not None
+    assert error(leaf.grad, theirs) <= 20 * ROUNDING.get(dtype, 2.0**-20)

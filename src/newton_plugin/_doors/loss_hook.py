@@ -197,13 +197,15 @@ class LossHook:
             self._skipped += 1
             return loss
         _check_transforms(loss)
-        _check_graph(loss)
+        with telling(loss, self._settings):
+            _check_graph(loss)
         if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
         cut = self._find_on_every_rank(loss)
         boundaries = free_boundaries(loss, cut.boundaries)
         if boundaries:
-            keys = self._states.keys_of(boundaries, name)
+            with telling(loss, self._settings):
+                keys = self._states.keys_of(boundaries, name)
             self._used = self._states.of(keys)
             if len(self._sharing) > 4 * MAX_LAYERS:  # widths that change all the time
                 self._sharing.clear()

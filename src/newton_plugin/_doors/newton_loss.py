@@ -36,6 +36,7 @@ from newton_plugin._doors.transformed import MemberStates, needs_pure_engine, tr
 from newton_plugin._errors import ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
+from newton_plugin._step.exchange import telling
 from newton_plugin._step.rule import OnNonfinite, StepRule
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice, Sync
 
@@ -114,7 +115,9 @@ class NewtonLoss(nn.Module):
             return transformed_loss(loss_at(self.loss_fn, args, kwargs, named), named, self._settings, self._members)
         if not torch.is_grad_enabled():
             return self.loss_fn(*args, **kwargs)
-        named = {str(which): self._select(which, args, kwargs) for which in self._outputs}
+        like = given[0] if given else torch.empty(0)
+        with telling(like, self._settings):
+            named = {str(which): self._select(which, args, kwargs) for which in self._outputs}
         for name, y in named.items():
             if y.retains_grad or y._backward_hooks:
                 # Hooks of y belong to the network: they shall see what enters it, not our own passes over the loss.
@@ -123,14 +126,28 @@ class NewtonLoss(nn.Module):
         edges = {name: edge_of(y) for name, y in named.items()}
         arguments = {edge_of(tensor) for tensor in _differentiable(args, kwargs)}
         self._report_others(arguments - set(edges.values()))
-        loss = self.loss_fn(*args, **kwargs)
+        loss = self.loss_fn(*args, **kwargs)  # its errors are not told: it may talk to other ranks itself
+        with telling(like, self._settings):
+            boundaries = self._boundaries(loss, edges, arguments)
+        if boundaries:
+            assert loss.grad_fn is not None
+            rules = self._used = [self._rule(key) for key in self._keys_of(boundaries)]
+            precondition(loss, boundaries, rules, self._settings, bool(beside(loss.grad_fn, boundaries)))
+        return loss
+
+    def _boundaries(self, loss: Any, edges: dict[str, Edge], arguments: set[Edge]) -> list[Boundary]:
+        """Where the loss meets its outputs; none where another door has been.
+
+        Raises:
+            NoGradientError, NoBoundaryError: see the class.
+        """
         if not isinstance(loss, Tensor) or loss.grad_fn is None:
             raise NoGradientError(
                 f"{self._loss_name} returned a value without an autograd graph. Does it detach its outputs, or "
                 "leave torch?"
             )
         if is_preconditioned((loss.grad_fn, loss.output_nr)):
-            return loss
+            return []
         graph = explore(loss.grad_fn, arguments.__contains__)
         boundaries = []
         for name, edge in edges.items():
@@ -142,10 +159,7 @@ class NewtonLoss(nn.Module):
                     f"{self._loss_name} does not depend on outputs={name!r}, the argument of shape "
                     f"{boundary.shape}. Name the argument that holds the model's outputs, outputs=...."
                 )
-        if boundaries:
-            rules = self._used = [self._rule(key) for key in self._keys_of(boundaries)]
-            precondition(loss, boundaries, rules, self._settings, bool(beside(loss.grad_fn, boundaries)))
-        return loss
+        return boundaries
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last step, as :meth:`LossHook.diagnostics`; waits for the device.

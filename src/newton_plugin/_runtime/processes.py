@@ -118,7 +118,8 @@ class ProcessGroup:
         backends = str(dist.get_backend_config())
         self._hosts = None if "gloo" in backends else dist.new_group(backend="gloo")
         self._running: Callable[[], None] | None = None
-        self._unread: Verdict | None = None
+        self._unread: list[Verdict] = []
+        self._taken_in: Verdict | None = None  # of what was started; read where all ranks take part
         self.device: torch.device | None = None
 
     def agree(self, what: str) -> None:
@@ -160,7 +161,7 @@ class ProcessGroup:
             return sums, None
         agreed = all_equal(vector[:CODES], dist.get_world_size())
         if not capturing(vector):  # a replay of a CUDA graph runs none of this
-            self._unread = Verdict.of(agreed, what)
+            self._unread.append(Verdict.of(agreed, what))
         return torch.where(agreed, sums, math.nan), agreed
 
     def start(self, what: str, numbers: Tensor, deliver: Callable[[Tensor], None]) -> None:
@@ -174,7 +175,7 @@ class ProcessGroup:
             work.wait()
             agreed = all_equal(vector[:CODES], dist.get_world_size())
             deliver(torch.where(agreed, vector[CODES : CODES + numbers.numel()], math.nan))
-            self._unread = Verdict.of(agreed, what)
+            self._taken_in = Verdict.of(agreed, what)
 
         self._running = finish
 
@@ -188,13 +189,18 @@ class ProcessGroup:
         """:meth:`finish`, and raise if the ranks did not agree at an exchange whose verdict has reached the host."""
         self._read()
         self.finish()
-        if self._unread is not None and self._unread.copied is None:
-            self._read()
+        # One rank may have taken in its sums before, for a checkpoint: all ranks read the verdict at the same call.
+        taken_in, self._taken_in = self._taken_in, None
+        if taken_in is not None:
+            self._unread.append(taken_in)
+            if taken_in.copied is None:
+                self._read()
 
     def _read(self) -> None:
-        verdict, self._unread = self._unread, None
-        if verdict is not None and not verdict.read():
-            self._disagree(verdict.what)
+        unread, self._unread = self._unread, []
+        for verdict in unread:
+            if not verdict.read():
+                self._disagree(verdict.what)
 
     def _vector(self, what: str, numbers: Tensor) -> Tensor:
         codes = codes_of(what, numbers.dtype, numbers.device)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.finiteness import Finiteness
-from newton_plugin._curvature.protocol import CurvatureStep
+from newton_plugin._curvature.overriding import holds
+from newton_plugin._curvature.protocol import Curvature, CurvatureStep
 from newton_plugin._derivatives.autograd import first_line
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._linalg.large_rows import nonzero_rows, squared_norms
@@ -35,6 +37,7 @@ _STEPS: dict[int, CompiledStep] = {}  # by the identity of their settings, which
 _MOST_SETTINGS = 64
 _MOST_SEEN = 4096
 _LARGE = 2**19  # numbers in all rows
+_OURS = f"{__name__.partition('.')[0]}."
 
 
 class CompiledStep:
@@ -62,7 +65,7 @@ class CompiledStep:
         Returns:
             The rows that are sent; None where they are not to be had by what is compiled: nothing has changed then.
         """
-        if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived):
+        if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived) or not _is_pure(rule):
             return None
         leaves, form = rule.leaves(arrived, groups)
         try:
@@ -70,7 +73,11 @@ class CompiledStep:
             if function is None:
                 function = self._functions[groups] = _compiled(self._settings, groups, form)
             with self._quietly(len(arrived)):
-                sent, taken, damping, weight, sizes, *after = function(arrived, scale.reshape(()), *leaves)
+                sent, taken, damping, weight, squared, stepped, matrix, *after = function(
+                    arrived, scale.reshape(()), *leaves
+                )
+            if len(after) != len(leaves):
+                raise ValueError("the state after a step has another form than initial_state() gives")
         except Exception as error:  # of the compiler, whatever it is
             self._off = True
             warnings.warn(
@@ -80,18 +87,18 @@ class CompiledStep:
                 stacklevel=2,
             )
             return None
-        matrix = after.pop(0) if len(after) > len(leaves) else None
         rule.take_over(after, form)
-        structure = rule.curvature.structure
+        structure, features = rule.curvature.structure, arrived.shape[1]
+        large = stepped.numel() > 0
         rule.last = CurvatureStep(
-            sent,
+            sent.new_empty(len(sent), 0) if large else sent,
             damping,
             matrix,
-            lambda: _extremes(structure, matrix, arrived, weight),
+            lambda: _extremes(structure, matrix, squared, features),
             finiteness=Finiteness(taken=taken),
-            sizes=(lambda: (sizes[0], sizes[1])) if sizes.numel() else None,
+            sizes=(lambda: (squared.sum(), stepped[0])) if large else None,
         )
-        rule.last_gradient, rule.last_weight = (None, None) if sizes.numel() else (arrived, weight)
+        rule.last_gradient, rule.last_weight = (None, None) if large else (arrived, weight)
         rule.last_factor = None
         return sent
 
@@ -127,7 +134,7 @@ def compiled_step(settings: RuleSettings) -> CompiledStep | None:
 def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[..., Any]:
     """The step as one compiled function of tensors."""
 
-    def step(arrived: Tensor, scale: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def step(arrived: Tensor, scale: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
         rule = settings.build()
         rule.restore(tree_unflatten(list(leaves), form))
         live = all_if_none(nonzero_rows(arrived).sum(), len(arrived))
@@ -138,11 +145,10 @@ def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[.
         taken = result.finiteness.taken
         assert taken is not None
         sent = torch.where(taken, (result.step * weight).to(arrived.dtype), arrived)
-        sizes = arrived.new_empty(0)
+        squared, stepped = squared_norms(gradient), arrived.new_empty(0)
         if arrived.numel() >= _LARGE:  # whose rows are not kept for somebody who might ask
-            sizes = torch.stack([squared_norms(gradient).sum(), squared_norms(result.step).sum()])
-        matrix = () if result.matrix is None else (result.matrix,)
-        return sent, taken, result.damping, weight, sizes, *matrix, *tree_flatten(rule.tensors())[0]
+            stepped = squared_norms(result.step).sum().reshape(1)
+        return sent, taken, result.damping, weight, squared, stepped, result.matrix, *tree_flatten(rule.tensors())[0]
 
     # The compiler counts its compilations by code, and gives up on one that it has compiled eight times. Each of ours
     # has a code of its own, so that other losses do not count here.
@@ -150,12 +156,30 @@ def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[.
     return torch.compile(own, fullgraph=True)
 
 
-def _extremes(structure: str, matrix: Tensor | None, arrived: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _is_pure(rule: StepRule) -> bool:
+    """Whether all that a step changes is in the state which the rule has from its first step on.
+
+    Not so of a C that is kept for several steps; and nobody knows of a class of a user's own that has attributes,
+    unless it says by ``initial_state``.
+    """
+    return (
+        rule.curvature.refresh_every == 1
+        and _says_its_state(rule.curvature, "step")
+        and _says_its_state(rule.damping, "value")
+    )
+
+
+def _says_its_state(own: Curvature | Damping, method: str) -> bool:
+    made = next(base for base in type(own).__mro__ if method in base.__dict__)
+    of_ours = made.__module__.startswith(_OURS)
+    return of_ours or not vars(own) or holds(type(own), "initial_state", method)
+
+
+def _extremes(structure: str, matrix: Tensor | None, squared: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest eigenvalue of C, for people."""
     if matrix is not None:
         return {"isotropic": Isotropic, "diagonal": Diagonal}.get(structure, Dense)(matrix).extremes()
     if structure == "per_sample":
-        squared = squared_norms(arrived) / weight.square()
-        return (torch.zeros_like(weight) if arrived.shape[1] > 1 else squared.min()), squared.max()
-    unknown = torch.full_like(weight, torch.nan)
+        return (squared.new_zeros(()) if features > 1 else squared.min()), squared.max()
+    unknown = squared.new_full((), torch.nan)
     return unknown, unknown

@@ -82,7 +82,8 @@ def take_steps(
 
 def compute_steps(loss: Tensor, ends: Ends, settings: RuleSettings) -> ComputedSteps:
     """The steps at all ends of a loss; see :func:`take_steps`."""
-    scaling = _scaling(loss, ends.layouts, settings)
+    with telling(loss, settings):
+        scaling = _scaling(loss, ends.layouts, settings)
     ranks = current_ranks(settings.sync)
     exchange: Exchange | LaggedExchange | None = None
     with torch.autocast(loss.device.type, enabled=False):

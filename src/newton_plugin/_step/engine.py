@@ -36,6 +36,7 @@ from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._step.compiled import compiled_step
 from newton_plugin._step.compute import compute_steps
 from newton_plugin._step.ends import Ends
+from newton_plugin._step.exchange import telling
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.senders import ComputedStep, Sender, StepInBackward
 from newton_plugin._step.settings import RuleSettings
@@ -67,7 +68,8 @@ def precondition(
         # Another door has changed what flows from this loss, to terms beside the boundaries, too. This one takes its
         # own steps at its own boundaries, and nothing else.
         beside, sharing = False, None
-    ends = Ends.of(loss, boundaries, rules, settings, beside)
+    with telling(loss, settings):
+        ends = Ends.of(loss, boundaries, rules, settings, beside)
     shared = look = None
     if sharing is not None and capturing(loss):
         shared = sharing.found  # a CUDA graph can neither wait for a look nor look at some of its replays alone

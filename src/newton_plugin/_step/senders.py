@@ -115,6 +115,17 @@ class StepInBackward:
             self._upstream = grad_outputs[0].detach()
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
+        zero = scale.device.type == "cpu" and not bool(scale)
+        if zero and self._seed is not None:  # as if it were 1: a further pass could not divide by it
+            scale = torch.ones_like(scale)
+        self._make(gradient, scale)
+        self._scale = scale
+        if zero and self._seed is None and not bool(gradient.any()):
+            return  # of a loss times zero nothing is known; a further pass may bring its gradient
+        self.waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
+
+    def _make(self, gradient: Tensor, scale: Tensor) -> None:
+        """The step, from the gradient that arrives."""
         dtype = working_dtype(gradient.device)
         arrived = self._layout.to_rows(gradient)
         if (
@@ -125,7 +136,7 @@ class StepInBackward:
         ):
             sent = self._compiled(self._rule, arrived, scale, self._layout.groups)
             if sent is not None:
-                self._sent, self._scale, self.waits = sent, scale, False
+                self._sent = sent
                 return
         live = live_rows(arrived)
         factor = None if self._seed is None else scale.to(dtype).reshape(()) / self._seed  # of what is sent
@@ -153,17 +164,20 @@ class StepInBackward:
                 step = torch.mul(result.step, weight, out=torch.empty_like(arrived))
                 self._sent = torch.where(taken, step, arrived)
             else:  # rounded once it is scaled, in every further pass, too
+                if factor is None:
+                    own = torch.where(weight == 0, arrived, own)  # 0, and not 0 / 0
                 step = torch.where(taken, result.step, own)
                 self._computed = ComputedStep(step, self._layout, live, "mean" if self._mean else "sum")
-        self._scale = scale
-        self.waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
 
     def send(self, scale: Tensor) -> Tensor:
+        assert self._scale is not None
         if self._computed is not None:
-            return self._computed.send(scale)
+            sent = self._computed.send(scale)
+            if self._seed is not None or scale is self._scale:
+                return sent
+            return torch.where(self._scale == 0, torch.nan, sent)  # nothing was known: not a silent zero
         sent = self._sent
         assert sent is not None
-        assert self._scale is not None
         if scale is not self._scale:  # a further pass through a graph that was retained
             sent = sent * (scale.to(working_dtype(sent.device)) / self._scale)
         return self._layout.from_rows(sent)
