@@ -116,7 +116,8 @@ class RuleSettings:
             damping = copy.deepcopy(damping)
         curvature = resolve_curvature(self.curvature, self.structure, self.power, damping)
         # Factories of fields are written out: torch.compile does not follow those of a dataclass.
-        return StepRule(curvature, damping, self.on_nonfinite, Probing(), Gain(), _reported=set())
+        state = {"gain": Gain(), "probing": Probing(), "_reported": set()}
+        return StepRule(curvature, damping, on_nonfinite=self.on_nonfinite, **state)
 
     @functools.cached_property
     def one_number(self) -> bool:
