@@ -176,11 +176,13 @@ def test_rules_whose_state_nobody_knows_before_the_first_step_stay_eager(
 @pytest.mark.usefixtures("quick")
 def test_a_state_that_grows_against_its_word_is_told_once() -> None:
     torch.manual_seed(0)
-    net, hook, eager = nn.Linear(5, 4), npl.LossHook(damping=Misled(), compile_step=True), npl.LossHook(damping=Misled())
-    with pytest.warns(UserWarning, match="another form than initial_state") as told:
-        for seed in range(3):
-            assert torch.equal(gradient(net, hook, 12, seed), gradient(net, eager, 12, seed))
-    assert len(told) == 1
+    net = nn.Linear(5, 4)
+    hook, eager = (npl.LossHook(damping=Misled(), compile_step=c) for c in (True, False))
+    with pytest.warns(UserWarning, match="another form than initial_state"):
+        first = gradient(net, hook, 12, 0)
+    assert torch.equal(first, gradient(net, eager, 12, 0))
+    for seed in (1, 2):  # a further warning would be an error
+        assert torch.equal(gradient(net, hook, 12, seed), gradient(net, eager, 12, seed))
 
 
 @pytest.mark.usefixtures("quick")
