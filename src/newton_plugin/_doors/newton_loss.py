@@ -130,6 +130,7 @@ class NewtonLoss(nn.Module):
         with telling(like, self._settings):
             boundaries = self._boundaries(loss, edges, arguments)
         if boundaries:
+            assert loss.grad_fn is not None
             rules = self._used = [self._rule(key) for key in self._keys_of(boundaries)]
             precondition(loss, boundaries, rules, self._settings, bool(beside(loss.grad_fn, boundaries)))
         return loss
