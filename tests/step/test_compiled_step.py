@@ -184,11 +184,11 @@ def test_rules_whose_state_nobody_knows_before_the_first_step_stay_eager(
 def test_a_state_that_grows_against_its_word_is_told_once() -> None:
     torch.manual_seed(0)
     net = nn.Linear(5, 4)
-    hook, eager = (npl.LossHook(damping=Misled(), compile_step=compiles) for compiles in (True, False))
+    hook, eager = (npl.LossHook(damping=Misled(), compile_step=c) for c in (True, False))
     with pytest.warns(UserWarning, match="another form than initial_state"):
         first = gradient(net, hook, 12, 0)
     assert torch.equal(first, gradient(net, eager, 12, 0))
-    for seed in (1, 2):  # a second warning would be an error
+    for seed in (1, 2):  # a further warning would be an error
         assert torch.equal(gradient(net, hook, 12, seed), gradient(net, eager, 12, seed))
 
 

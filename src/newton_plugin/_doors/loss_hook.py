@@ -68,7 +68,8 @@ class LossHook:
         compile_step: compile what happens between gradient and step by ``torch.compile``: 4 to 6 kernels in place of
             about 30 operations, after some seconds at the first step and at the first other batch size. Of rules that
             need no Hessian, where the step is made in the ordinary backward pass; elsewhere it changes nothing. Without
-            a compiler steps are eager, with one warning.
+            a compiler steps are eager, with one warning; they also are with refresh_every, and with a curvature or
+            damping of your own that has attributes and no ``initial_state``.
         module: the model, where ``boundary`` names a part of it; the same as :meth:`attach`.
 
     Raises:

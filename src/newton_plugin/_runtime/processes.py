@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,7 @@ class ProcessGroup:
     def __init__(self) -> None:
         backends = str(dist.get_backend_config())
         self._hosts = None if "gloo" in backends else dist.new_group(backend="gloo")
+        self._size = dist.get_world_size()  # kept: sums may be taken in after the group is destroyed
         self._running: Callable[[], None] | None = None
         self._unread: list[Verdict] = []
         self._taken_in: Verdict | None = None  # of what was started; read where all ranks take part
@@ -156,10 +158,10 @@ class ProcessGroup:
         dist.all_reduce(vector, group=self._group_of(vector))
         sums = vector[CODES : CODES + numbers.numel()]
         if not later:
-            if not were_equal(vector[:CODES].tolist(), dist.get_world_size()):
+            if not were_equal(vector[:CODES].tolist(), self._size):
                 self._disagree(what)
             return sums, None
-        agreed = all_equal(vector[:CODES], dist.get_world_size())
+        agreed = all_equal(vector[:CODES], self._size)
         if not capturing(vector):  # a replay of a CUDA graph runs none of this
             self._unread.append(Verdict.of(agreed, what))
         return torch.where(agreed, sums, math.nan), agreed
@@ -173,7 +175,7 @@ class ProcessGroup:
         def finish() -> None:
             assert work is not None
             work.wait()
-            agreed = all_equal(vector[:CODES], dist.get_world_size())
+            agreed = all_equal(vector[:CODES], self._size)
             deliver(torch.where(agreed, vector[CODES : CODES + numbers.numel()], math.nan))
             self._taken_in = Verdict.of(agreed, what)
 
@@ -268,7 +270,9 @@ def current_ranks(sync: bool | Literal["lagged"]) -> OneProcess | ProcessGroup:
     return _group_of(dist.group.WORLD)
 
 
-_GROUPS: dict[Any, ProcessGroup] = {}  # by default group; that of now
+# By default group; that of now. A strong reference would keep a group alive that was destroyed, and with it threads at
+# whose end the interpreter aborts.
+_GROUPS: WeakKeyDictionary[Any, ProcessGroup] = WeakKeyDictionary()
 
 
 def _group_of(world: Any) -> ProcessGroup:
@@ -281,5 +285,5 @@ def _group_of(world: Any) -> ProcessGroup:
 
 def finish_exchanges() -> None:
     """Take in the sums that are under way, if there are any, without a word to another rank."""
-    for group in _GROUPS.values():
+    for group in list(_GROUPS.values()):
         group.finish()

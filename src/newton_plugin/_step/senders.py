@@ -30,7 +30,8 @@ class Sender(Protocol):
         waits: whether it still needs the gradient that the loss sends to the boundary in this backward pass.
     """
 
-    waits: bool
+    @property
+    def waits(self) -> bool: ...
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
         """Make the step from the loss's gradient, in the boundary's shape, in a pass that began with ``scale``."""
@@ -95,7 +96,8 @@ class StepInBackward:
         seed: float | None = None,
         compiled: CompiledStep | None = None,
     ) -> None:
-        self.waits = True
+        self._waits = True
+        self._may_wait_again = self._passed = False
         self._compiled = compiled
         self._dtype = dtype
         self._seed = seed
@@ -109,20 +111,23 @@ class StepInBackward:
         self._sent: Tensor | None = None
         self._scale: Tensor | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Of a loss times zero nothing is known: a further pass brings its gradient. Looks at further passes alone."""
+        scale = self._scale
+        if self._passed and self._may_wait_again and scale is not None and scale.device.type == "cpu":
+            self._waits, self._passed = not bool(scale), False
+        return self._waits
+
     def record_upstream(self, _: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
         """A post-hook for the operation whose Hessian is known: keeps the gradient that arrives there."""
         if self.waits and grad_outputs[0] is not None:
             self._upstream = grad_outputs[0].detach()
 
     def receive(self, gradient: Tensor, scale: Tensor) -> None:
-        zero = scale.device.type == "cpu" and not bool(scale)
-        if zero and self._seed is not None:  # as if it were 1: a further pass could not divide by it
-            scale = torch.ones_like(scale)
+        self._scale, self._may_wait_again = scale, self._seed is None and self._hessians is None
         self._make(gradient, scale)
-        self._scale = scale
-        if zero and self._seed is None and not bool(gradient.any()):
-            return  # of a loss times zero nothing is known; a further pass may bring its gradient
-        self.waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
+        self._waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
 
     def _make(self, gradient: Tensor, scale: Tensor) -> None:
         """The step, from the gradient that arrives."""
@@ -139,8 +144,9 @@ class StepInBackward:
                 self._sent = sent
                 return
         live = live_rows(arrived)
-        factor = None if self._seed is None else scale.to(dtype).reshape(()) / self._seed  # of what is sent
-        scale_here = scale if self._seed is None else torch.full_like(scale, self._seed, dtype=dtype)
+        seed = self._seed
+        factor = None if seed is None else scale.to(dtype).reshape(()) / seed  # of what is sent
+        scale_here = scale if seed is None else torch.full_like(scale, seed, dtype=dtype)
         weight = _weight(scale_here.to(dtype), live, self._mean)  # of what arrives
         hessians = None
         if self._hessians is not None:
@@ -152,6 +158,9 @@ class StepInBackward:
         # A loss that was multiplied by zero gives 0 / 0 here: not finite, so this batch changes no running mean.
         groups = self._layout.groups
         if self._rule.streams(arrived, factor):
+            if factor is not None and seed is not None and factor.device.type == "cpu" and not bool(factor):
+                self._scale = torch.ones_like(scale)  # as of 1: a further pass could not divide by zero
+                factor = self._scale.to(factor) / seed
             result = self._rule(arrived, hessians, groups=groups, weight=weight, live=live, factor=factor)
             sent = _if_taken(result, arrived, factor)
             self._sent = sent if self._dtype is None else sent.to(self._dtype)
@@ -170,6 +179,7 @@ class StepInBackward:
                 self._computed = ComputedStep(step, self._layout, live, "mean" if self._mean else "sum")
 
     def send(self, scale: Tensor) -> Tensor:
+        self._passed = True
         assert self._scale is not None
         if self._computed is not None:
             sent = self._computed.send(scale)
