@@ -192,3 +192,24 @@ def test_a_loss_of_many_heads_keeps_all_their_states() -> None:
     counts = {float(rule["curvature"]["count"]) for rule in hook.state_dict()["rules"].values()}
     assert len(hook.state_dict()["rules"]) == 70
     assert len(counts) == 1
+
+
+def test_a_layer_at_the_address_of_one_that_is_gone_is_another() -> None:
+    """Networks that are dropped and made again under one hook: each begins with a state of its own."""
+    torch.manual_seed(0)
+    hook, seen = npl.LossHook(), set()
+    x, t = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    for k in range(40):
+        net = nn.Linear(3, 2)
+        again = id(net.weight) in seen
+        seen.add(id(net.weight))
+        hook(F.cross_entropy(net(x), t)).backward()
+        fresh = copy.deepcopy(net)
+        fresh.zero_grad()
+        npl.LossHook()(F.cross_entropy(fresh(x), t)).backward()
+        assert net.weight.grad is not None
+        torch.testing.assert_close(
+            net.weight.grad, fresh.weight.grad, msg=f"network {k}, its address was used: {again}"
+        )
+        del net, fresh
+    assert len(seen) < 40, "no address was used again"

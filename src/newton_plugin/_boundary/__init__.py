@@ -12,7 +12,7 @@ share. The finder of the graph takes these steps:
 4. ``axes`` says which dimension counts the samples, where it is not the first; ``parts`` names losses that take the
    rows list by list.
 5. ``beside`` lists what the loss reaches without passing a boundary; ``names`` says what parameters and layers are
-   called; ``owner``, whose outputs a tensor holds.
+   called; ``owner``, whose outputs a tensor holds (``numbered``: by which parameters).
 
 ``autograd_graph`` reads PyTorch's graph and decides nothing; ``marks`` are left on the node of a loss; ``rows`` sees
 outputs of any shape as rows (N, m).

@@ -25,6 +25,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import children, edge_shape, is_leaf, operation
+from newton_plugin._boundary.numbered import number_of
 from newton_plugin._boundary.opaque import hidden_parameters, hides_parameters
 from newton_plugin._boundary.operations import ELEMENTWISE, LOOKUPS, PRODUCTS, REARRANGE, WEIGHTED, is_layer_name
 from newton_plugin._boundary.weights import Weights
@@ -94,7 +95,7 @@ class Layers:
         return frozenset(found)
 
     def applied_by(self, node: Node) -> set[int]:
-        """The ids of the parameters that a layer applies, also of those that the graph does not show.
+        """The numbers of the parameters that a layer applies, also of those that the graph does not show.
 
         A derivative of a layer, as a physics-informed loss makes it, is no call of the layer: none.
         """
@@ -103,8 +104,8 @@ class Layers:
         variables = [leaf.variable for leaf in self.parameters_of(node)]  # type: ignore[attr-defined]
         # An input that requires grad is a leaf, too; without nn.Parameters (torch.func) leaves are the weights.
         named = [v for v in variables if isinstance(v, nn.Parameter)]
-        applied = {id(v) for v in named or variables}
-        return applied.union(map(id, hidden_parameters(node))) if hides_parameters(node) else applied
+        applied = {number_of(v) for v in named or variables}
+        return applied.union(map(number_of, hidden_parameters(node))) if hides_parameters(node) else applied
 
     def ends_here(self, node: Node) -> bool:
         """Whether the operation is a layer, so that what it returns may be outputs."""

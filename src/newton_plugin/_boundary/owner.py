@@ -9,6 +9,7 @@ from torch.autograd.graph import Node
 
 from newton_plugin._boundary.autograd_graph import Edge, children, is_leaf
 from newton_plugin._boundary.layers import Layers
+from newton_plugin._boundary.numbered import number_of
 
 __all__ = ["Owner", "owner_of"]
 
@@ -17,7 +18,7 @@ class Owner(NamedTuple):
     """The layers that are met first below a tensor.
 
     Attributes:
-        parameters: what they apply, by id; empty if there are none.
+        parameters: what they apply, by ``numbered.py``; empty if there are none.
         calls: their nodes: another call of the same layer has others.
     """
 
@@ -43,4 +44,4 @@ def owner_of(edge: Edge) -> Owner:
             seen.update(below)
             stack += below
     variables = (leaf.variable for leaf in applied)  # type: ignore[attr-defined]
-    return Owner(frozenset(id(v) for v in variables if isinstance(v, nn.Parameter)), frozenset(calls))
+    return Owner(frozenset(number_of(v) for v in variables if isinstance(v, nn.Parameter)), frozenset(calls))
