@@ -273,3 +273,42 @@ def test_tracers() -> None:
 
     if hasattr(torch.compiler, "is_exporting"):
         refused(lambda: torch.export.export(Training(), (Y[0],), strict=False), "torch.export")
+
+
+class TestOneStepForOneLoss:
+    """A loss that has its step is left alone by the doors of live graphs; inside of a pure step it is refused."""
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+        return weight, x, torch.randint(0, 3, (8,), generator=generator)
+
+    def gradient(self, weight: Tensor, loss: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(loss, weight)
+        return found
+
+    def test_outside(self) -> None:
+        weight, x, t = self.parts()
+        newton = npl.functional.newton_loss(F.cross_entropy)
+        state = newton.init(x @ weight.T)
+
+        def once(y: Tensor, t: Tensor) -> Tensor:
+            return newton.apply(state, y, t)[0]
+
+        wanted = self.gradient(weight, once(x @ weight.T, t))
+        assert torch.equal(self.gradient(weight, npl.LossHook()(once(x @ weight.T, t))), wanted)
+        assert torch.equal(self.gradient(weight, npl.newton_loss(once)(x @ weight.T, t)), wanted)
+
+    @pytest.mark.parametrize("inner", ["functional", "newton_loss", "LossHook"])
+    def test_inside(self, inner: str) -> None:
+        weight, x, t = self.parts()
+        newton, hook = npl.functional.newton_loss(F.cross_entropy), npl.LossHook()
+        losses: dict[str, Any] = {
+            "functional": lambda y, t: newton.apply(newton.init(y), y, t)[0],
+            "newton_loss": npl.newton_loss(F.cross_entropy),
+            "LossHook": lambda y, t: hook(F.cross_entropy(y, t)),
+        }
+        outer = npl.functional.newton_loss(losses[inner])
+        with pytest.raises(npl.TransformError, match="or none of it"):
+            outer.apply(outer.init(x @ weight.T), x @ weight.T, t)

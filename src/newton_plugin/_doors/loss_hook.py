@@ -27,6 +27,7 @@ from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
 from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError, TransformError
 from newton_plugin._runtime.compiler import eager
+from newton_plugin._runtime.cuda_graphs import in_callers_state
 from newton_plugin._runtime.transforms import has_tangent, kinds_of_transforms
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.exchange import tell, telling
@@ -287,6 +288,11 @@ def _check_loss(loss: Any) -> None:
 
 
 def _check_transforms(loss: Tensor) -> None:
+    if in_callers_state():
+        raise TransformError(
+            "LossHook inside of a loss of which npl.functional or a wrapped loss takes the step: a step would be taken "
+            "of a step. Hook the whole loss, or none of it."
+        )
     kinds = kinds_of_transforms()
     if "Vmap" in kinds or "Jvp" in kinds or has_tangent(loss):
         raise TransformError(

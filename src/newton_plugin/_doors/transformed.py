@@ -16,7 +16,7 @@ from newton_plugin._runtime.processes import current_ranks
 from newton_plugin._runtime.transforms import has_tangent, in_chunks, kinds_of_transforms
 from newton_plugin._step.pure import preconditioned, pure_steps
 from newton_plugin._step.settings import RuleSettings
-from newton_plugin._step.states import RuleState, initial_states
+from newton_plugin._step.states import RuleState, initial_states, layout_in
 
 __all__ = ["MemberStates", "needs_pure_engine", "transformed_loss"]
 
@@ -33,9 +33,9 @@ class MemberStates:
     """The running states of a wrapped loss under transforms: by argument and width, for each member of a ``vmap``."""
 
     def __init__(self) -> None:
-        self._shelves: dict[tuple[str, tuple[int, ...]], Shelf] = {}
+        self._shelves: dict[tuple[str, int], Shelf] = {}
 
-    def shelf(self, name: str, features: tuple[int, ...]) -> Shelf:
+    def shelf(self, name: str, features: int) -> Shelf:
         """Where the states of one argument are; of outputs of one width."""
         key = (name, features)
         while key not in self._shelves and len(self._shelves) >= MAX_LAYERS:
@@ -76,7 +76,7 @@ def transformed_loss(
             "sync=False: each process takes the C of its own samples."
         )
     stopped = {name: y.detach() for name, y in outputs.items()}
-    shelves = [members.shelf(name, tuple(y.shape[1:])) for name, y in outputs.items()]
+    shelves = [members.shelf(name, layout_in(y, settings).features) for name, y in outputs.items()]
     anchors: list[Tensor] = []
 
     def states(derived: Differentiated) -> list[RuleState]:

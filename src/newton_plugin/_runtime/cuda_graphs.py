@@ -17,7 +17,7 @@ from torch import Tensor
 
 from newton_plugin._errors import CaptureError
 
-__all__ = ["callers_state", "capturing", "carried", "refuse_in_a_capture"]
+__all__ = ["callers_state", "capturing", "carried", "in_callers_state", "refuse_in_a_capture"]
 
 _CALLERS_STATE: ContextVar[bool] = ContextVar("callers_state", default=False)
 
@@ -30,6 +30,11 @@ def callers_state() -> Iterator[None]:
         yield
     finally:
         _CALLERS_STATE.reset(token)
+
+
+def in_callers_state() -> bool:
+    """Whether the running code is inside of :func:`callers_state`: a part of a pure step, or the loss that it takes."""
+    return _CALLERS_STATE.get()
 
 
 def capturing(tensor: Tensor) -> bool:

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._boundary.autograd_graph import edge_of, mark_preconditioned
 from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.autograd import Scaling, first_line
 from newton_plugin._derivatives.functional import Differentiated, Wanted, differentiate
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentTypeError, ShapeError, TransformError, check_floating
-from newton_plugin._runtime.cuda_graphs import callers_state
+from newton_plugin._runtime.cuda_graphs import callers_state, in_callers_state
 from newton_plugin._runtime.processes import ONE_PROCESS
 from newton_plugin._runtime.transforms import exporting, is_refusal
 from newton_plugin._step.attach import attach_step, in_size
@@ -89,6 +90,11 @@ def pure_steps(
             "torch.export does not record the derivatives of torch.func, which a Newton step is made of. Export the "
             "network without its loss; a step is compiled by torch.compile."
         )
+    if not torch.compiler.is_compiling() and in_callers_state():
+        raise TransformError(
+            "a part of this loss already takes a Newton step of its own, of which this one would make another. Wrap the "
+            "whole loss, or none of it."
+        )
     rules = [explicit_rule(settings) for _ in outputs]
     layouts = [layout_in(y, settings) for y in outputs.values()]
     found: dict[str, Scaling] = {}
@@ -125,6 +131,9 @@ def preconditioned(found: PureSteps, outputs: Sequence[Tensor]) -> Tensor:
             live = taken.live if isinstance(taken.live, Tensor) else torch.full((), taken.live, device=y.device)
             weight = live.to(taken.step.dtype).reciprocal() if found.scaling == "mean" else torch.ones_like(live)
         loss = attach_step(loss, y, taken.step.detach(), weight, layout)
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+        # For the doors of live graphs: whoever takes this loss leaves it as it is.
+        mark_preconditioned((loss.grad_fn, loss.output_nr), [edge_of(y) for y in outputs if y.requires_grad])
     return loss
 
 
