@@ -92,8 +92,8 @@ def pure_steps(
         )
     if not torch.compiler.is_compiling() and in_callers_state():
         raise TransformError(
-            "a part of this loss already takes a Newton step of its own, of which this one would make another. Wrap the "
-            "whole loss, or none of it."
+            "a part of this loss already takes a Newton step of its own, of which this one would make another. Wrap "
+            "the whole loss, or none of it."
         )
     rules = [explicit_rule(settings) for _ in outputs]
     layouts = [layout_in(y, settings) for y in outputs.values()]
