@@ -114,3 +114,18 @@ def test_with_backward() -> None:
         found.append((value.detach(), leaf.grad))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-12, atol=0)
+
+
+def test_a_step_inside_of_a_step_is_refused() -> None:
+    """As in eager mode. The compiler raises an error of its own, which quotes ours."""
+    torch.manual_seed(0)
+    y, t = torch.randn(6, 3), torch.randint(0, 3, (6,))
+    inner = npl.functional.newton_loss(torch.nn.functional.cross_entropy)
+    state = inner.init(y)
+    outer = npl.functional.newton_loss(lambda y, t: inner.apply(state, y, t)[0])
+    gradient = torch.func.grad(lambda y: outer.apply(state, y, t)[0])
+    step = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="raise TransformError"):
+        step(y)
+    torch._dynamo.reset()
+    assert torch.isfinite(inner.apply(state, y, t)[0]), "nothing is left behind"

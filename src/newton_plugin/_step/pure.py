@@ -40,6 +40,9 @@ __all__ = [
 
 LossOf = Callable[[Sequence[Tensor]], Tensor]
 
+# Whether torch.compile, which follows no context variable and traces one function at a time, is inside of a loss.
+_TRACED = [False]
+
 
 @dataclass(frozen=True)
 class PureSteps:
@@ -90,7 +93,8 @@ def pure_steps(
             "torch.export does not record the derivatives of torch.func, which a Newton step is made of. Export the "
             "network without its loss; a step is compiled by torch.compile."
         )
-    if not torch.compiler.is_compiling() and in_callers_state():
+    compiling = torch.compiler.is_compiling()
+    if _TRACED[0] if compiling else in_callers_state():
         raise TransformError(
             "a part of this loss already takes a Newton step of its own, of which this one would make another. Wrap "
             "the whole loss, or none of it."
@@ -104,8 +108,10 @@ def pure_steps(
         return found["scaling"]
 
     wanted = _wanted(outputs, layouts, rules)
-    with nullcontext() if torch.compiler.is_compiling() else callers_state():
+    with nullcontext() if compiling else callers_state():
+        _TRACED[0] = compiling
         derived = differentiate(loss_of, list(outputs.values()), wanted, scaling_of)
+        _TRACED[0] = False
         scaling = found["scaling"]
         before = states(derived)
         steps, after = [], []
