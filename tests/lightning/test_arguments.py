@@ -56,6 +56,7 @@ def test_the_signature_is_the_public_one() -> None:
         "feature_dims": None,
         "start_step": 0,
         "sync": True,
+        "compile_step": False,
         "log": True,
         "prog_bar": False,
     }
