@@ -82,7 +82,9 @@ def test_every_rule(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ALL)
 def test_every_loss_and_rule(name: str, way: str) -> None:
-    for rule in RULES:
+    """Each tenth rule, beginning with another one for each loss and way; all of them take most of an hour."""
+    first = list(ALL).index(name) + sorted(WAYS).index(way)
+    for rule in RULES[first % 10 :: 10]:
         check(name, rule, way)
 
 
