@@ -176,3 +176,29 @@ def test_many_features(features: int, rule: dict[str, Any]) -> None:
     """Where C is never formed; the form of a mean Hessian is known from the loss."""
     data = [(randn(5, features), classes(5, features)) for _ in range(3)]
     check(CE, data, rule, 1e-10)
+
+
+@pytest.mark.parametrize("damping", [0.1, 3.0])
+def test_a_wide_hessian_that_is_zero(damping: float) -> None:
+    """Nobody can turn to Fisher under vmap: its C is sketched, exactly where there are few samples."""
+    torch.manual_seed(0)
+    y, t = torch.randn(2, 6, 300, dtype=torch.float64), torch.randn(6, 300, dtype=torch.float64)
+    rule: dict[str, Any] = {"curvature": "hessian", "damping": damping}
+    found = vmap(lambda y: npl.newton_step(F.l1_loss, y, t, **rule).step)(y)
+    expected = torch.stack([npl.newton_step(F.l1_loss, member, t, **rule).step for member in y])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", [{"structure": "per_sample"}, {}, {"structure": "diagonal"}, {"power": 0.5}], ids=str)
+@pytest.mark.parametrize("features", [20, 140])
+def test_no_rule_takes_one_member_after_the_other(features: int, rule: dict[str, Any]) -> None:
+    """torch warns where an operation has no rule for vmap, and a warning is an error here."""
+    torch.manual_seed(0)
+    y = torch.randn(2, 5, features, dtype=torch.float64)
+    losses: list[tuple[Callable[..., Tensor], Tensor]] = [
+        (F.cross_entropy, torch.randint(0, features, (5,))),
+        (lambda y, t: (y.sin() * t).sum(-1).square().mean(), torch.randn(5, features, dtype=torch.float64)),
+    ]
+    for loss, t in losses:
+        steps = vmap(lambda y: npl.newton_step(loss, y, t, curvature="hessian", **rule).step)(y)  # noqa: B023
+        assert torch.isfinite(steps).all()

@@ -312,3 +312,79 @@ class TestOneStepForOneLoss:
         outer = npl.functional.newton_loss(losses[inner])
         with pytest.raises(npl.TransformError, match="or none of it"):
             outer.apply(outer.init(x @ weight.T), x @ weight.T, t)
+
+
+class Counter(npl.Damping):
+    """A memory that nobody is told of."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def value(self, scale: Tensor) -> Tensor:
+        self.steps += 1
+        return scale / self.steps
+
+
+class InPlace(npl.AutoDamping):
+    """A state of ours, and beside it a tensor that changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = torch.zeros(())
+
+    def value(self, scale: Tensor, finite: bool = False) -> Tensor:
+        self.steps += 1
+        return super().value(scale, finite) / self.steps
+
+
+class Constant(npl.Damping):
+    """An attribute that never changes."""
+
+    def __init__(self) -> None:
+        self.share, self.table = 0.5, torch.ones(())
+
+    def value(self, scale: Tensor) -> Tensor:
+        return scale * self.share * self.table
+
+
+@pytest.mark.parametrize("under", ["apply", "vmap"])
+@pytest.mark.parametrize("make", [Counter, InPlace, Constant])
+def test_a_memory_that_a_pure_function_would_forget(make: type[npl.Damping], under: str) -> None:
+    y, t = torch.randn(2, 6, 3), torch.randint(0, 3, (6,))
+    newton = npl.functional.newton_loss(F.cross_entropy, damping=make())
+
+    def step() -> Any:
+        if under == "vmap":
+            return vmap(grad(lambda y: newton.apply(newton.init(y), y, t)[0]))(y)
+        return newton.apply(newton.init(y[0]), y[0].requires_grad_(), t)
+
+    if make is Constant:
+        step()
+        return
+    with pytest.raises(npl.TransformError, match=rf"{make.__name__} changes its attribute 'steps'"):
+        step()
+
+
+def test_a_step_inside_of_a_loss_that_is_a_number() -> None:
+    """``newton_step`` remembers nothing and sends nothing: a loss may use what it returns."""
+    y, t = torch.randn(6, 3, dtype=torch.float64), torch.randint(0, 3, (6,))
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return npl.quadratic_surrogate(y, npl.newton_step(F.cross_entropy, y, t).target)
+
+    newton, live = npl.functional.newton_loss(loss), npl.newton_loss(loss)
+    found = grad(lambda y: newton.apply(newton.init(y), y, t)[0])(y)
+    expected = y.clone().requires_grad_()
+    live(expected, t).backward()
+    assert expected.grad is not None
+    torch.testing.assert_close(found, expected.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_a_hook_in_forward_mode_without_gradients() -> None:
+    """``no_grad`` does not forbid tangents: that of the plain loss would be returned in silence."""
+    y, t = torch.randn(6, 3), torch.randint(0, 3, (6,))
+    hook = npl.LossHook()
+    with torch.no_grad(), pytest.raises(npl.TransformError, match="forward mode takes no backward pass"):
+        jvp(lambda y: hook(F.cross_entropy(y, t)), (y,), (y,))
+    with torch.no_grad():
+        assert torch.isfinite(hook(F.cross_entropy(y, t))), "evaluation alone is left alone"

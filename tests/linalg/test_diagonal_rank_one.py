@@ -183,3 +183,19 @@ def test_a_nan_is_reported_and_raises_nothing(structure: Any, m: int) -> None:
     form.diagonal[2, 3] = torch.nan
     taken = npl.Hessian(structure).step(g, SampleHessians.of_rank_one(form), npl.Tikhonov(0.1))
     assert not bool(taken.finiteness.curvature)
+
+
+def test_negative_class_weights_under_vmap() -> None:
+    """Nobody can see which samples have to be repaired: ``|H|`` of a negative semi-definite H is -H."""
+    torch.manual_seed(0)
+    weight = torch.linspace(-1.0, 2.0, 20, dtype=torch.float64)
+    y, t = torch.randn(3, 12, 20, dtype=torch.float64), torch.randint(0, 20, (12,))
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(y, t, weight=weight, reduction="sum") / len(y)
+
+    for options in ({}, {"damping": 0.01}, {"damping": 5.0}):
+        rule: dict[str, Any] = {"curvature": "hessian", "structure": "per_sample", **options}
+        found = torch.func.vmap(lambda y: npl.newton_step(loss, y, t, **rule).step)(y)  # noqa: B023
+        expected = torch.stack([npl.newton_step(loss, member, t, **rule).step for member in y])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)

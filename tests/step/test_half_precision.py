@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.step.counted import Counted
 from tests.twins import gradients_and_hessians, live_samples, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,21 +121,6 @@ def test_it_is_as_exact_as_a_pass_of_its_own(
                 ours = error(sent(y, t, LOSSES[loss], scale, **options), theirs)
             luck = 1.0 if n < 10 else 0.1  # of a few roundings
             assert ours <= 1.1 * at_once + luck * ROUNDING[dtype]
-
-
-class Counted(torch.autograd.Function):
-    """The identity; counts its backward passes."""
-
-    passes = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        Counted.passes += 1
-        return grad
 
 
 def counted(y: Tensor, t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.step.counted import Counted
 from tests.twins import relative_error
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -22,21 +23,6 @@ X = torch.randn(6, 5, generator=G, dtype=torch.float64)
 T = torch.tensor([0, 1, 2, 3, 0, 1])
 
 Loss = Callable[[Tensor], Tensor]
-
-
-class Counted(torch.autograd.Function):
-    """The identity; counts its backward passes."""
-
-    passes = 0
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        Counted.passes += 1
-        return grad
 
 
 class SendsNothing(torch.autograd.Function):

@@ -196,11 +196,10 @@ def _sketched(hessians: SampleHessians, summed: Tensor | None, batch: Batch, mea
     summed = hessians.probe_sum(batch.gradient, probes) if summed is None else summed
     products = batch.ranks.mean(summed, batch.samples)
     zero = (products == 0).all()
-    if not readable(zero):  # nobody can turn to Fisher: where H is zero, the step is not taken
-        c = sketch(probes, batch.averaged(mean, products))
-        finite = mean.finite
-        return MeanHessian(c, ~zero if finite is None else finite & ~zero, zero)
-    if bool(zero):
+    if not readable(zero):  # nobody can turn to Fisher's step: its C is sketched like the Hessian's
+        fisher = (probes @ batch.gradient.mT) @ batch.gradient / batch.samples
+        products = torch.where(zero, fisher, products)
+    elif bool(zero):
         return MeanHessian(None, None, zero)
     return MeanHessian(sketch(probes, batch.averaged(mean, products)), mean.finite, zero)
 

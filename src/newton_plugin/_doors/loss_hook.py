@@ -23,12 +23,10 @@ from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
 from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, refuse_unusable, shared_late
 from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
+from newton_plugin._doors.hooked_loss import check_graph, check_loss, check_transforms, operation_of, wants_tangent
 from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.running_states import RunningStates
-from newton_plugin._errors import ArgumentTypeError, NoGradientError, ShapeError, TransformError
 from newton_plugin._runtime.compiler import eager
-from newton_plugin._runtime.cuda_graphs import in_callers_state
-from newton_plugin._runtime.transforms import has_tangent, kinds_of_transforms
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.exchange import tell, telling
 from newton_plugin._step.rule import OnNonfinite, StepRule
@@ -66,7 +64,7 @@ class LossHook:
             "lagged": the same with the averages of the step before, and no rank waits for another; for curvatures
             whose statistics are one number (Fisher with structure "isotropic" or "per_sample", "norm"); see
             docs/several-processes.md. False: each rank uses the C of its own samples, and a running mean of its own.
-        compile_step: compile what happens between gradient and step by ``torch.compile``: 4 to 6 kernels in place of
+        compile_step: compile what happens between gradient and step by ``torch.compile``: 5 to 8 kernels in place of
             about 30 operations, after some seconds at the first step and at the first other batch size. Of rules that
             need no Hessian, where the step is made in the ordinary backward pass; elsewhere it changes nothing. Without
             a compiler steps are eager, with one warning; they also are with refresh_every, and with a curvature or
@@ -191,16 +189,16 @@ class LossHook:
             RanksDisagreeError: on every rank, if the ranks do not find the same boundaries; with sync="lagged", and on
                 accelerators where nothing waits for the device, at the next call.
         """
-        _check_loss(loss)
-        if not torch.is_grad_enabled():
+        check_loss(loss)
+        if not torch.is_grad_enabled() and not wants_tangent(loss):
             return loss
         if self._found_once and loss.is_leaf and loss.requires_grad:  # an empty batch's loss that stands for itself
             tell("no boundary", loss, self._settings)
             self._skipped += 1
             return loss
-        _check_transforms(loss)
+        check_transforms(loss)
         with telling(loss, self._settings):
-            _check_graph(loss)
+            check_graph(loss)
         if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
         cut = self._find_on_every_rank(loss)
@@ -211,7 +209,7 @@ class LossHook:
             self._used = self._states.of(keys)
             if len(self._sharing) > 4 * MAX_LAYERS:  # widths that change all the time
                 self._sharing.clear()
-            sharing = self._sharing.setdefault((*keys, _operation_of(loss)), Sharing())
+            sharing = self._sharing.setdefault((*keys, operation_of(loss)), Sharing())
             precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
             if sharing.unnoticed:
                 self._report(shared_late(sharing.unnoticed))
@@ -275,42 +273,3 @@ class LossHook:
         self._states.load_state_dict(state)
         self._warn_of_order()
         self._found_once, self._skipped = state["found_once"], state["skipped"]
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor):
-        raise ArgumentTypeError(f"loss must be a torch.Tensor; got {type(loss).__name__}.")
-    if loss.numel() != 1:
-        raise ShapeError(
-            f"loss must be one number; got shape {tuple(loss.shape)}. Reduce it first, or wrap the loss "
-            "function by npl.newton_loss, which also takes one loss for each sample."
-        )
-
-
-def _check_transforms(loss: Tensor) -> None:
-    if in_callers_state():
-        raise TransformError(
-            "LossHook inside of a loss of which npl.functional or a wrapped loss takes the step: a step would be taken "
-            "of a step. Hook the whole loss, or none of it."
-        )
-    kinds = kinds_of_transforms()
-    if "Vmap" in kinds or "Jvp" in kinds or has_tangent(loss):
-        raise TransformError(
-            "LossHook changes the backward pass of one computed loss: under vmap there are many, and forward mode "
-            "takes no backward pass. Wrap the loss function, npl.newton_loss(loss_fn), or use "
-            "npl.functional.newton_loss, whose state is an argument."
-        )
-
-
-def _check_graph(loss: Tensor) -> None:
-    if loss.grad_fn is None:
-        raise NoGradientError(
-            "loss has no autograd graph: it was detached, computed under torch.no_grad(), or every parameter "
-            "is frozen; or an operation in it has no gradient (argsort, argmax, round, a comparison). Pass "
-            "the loss on which you would call backward(). Losses of rankings: newton_plugin.algorithms."
-        )
-
-
-def _operation_of(loss: Tensor) -> str:
-    """What made the loss, which tells apart most losses of one layer."""
-    return "" if loss.grad_fn is None else loss.grad_fn.name()

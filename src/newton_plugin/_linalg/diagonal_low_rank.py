@@ -24,8 +24,6 @@ from newton_plugin._runtime.transforms import readable
 
 __all__ = ["DiagonalLowRank"]
 
-_UNSEEN_FEATURES = 256  # up to here C is decomposed where Python cannot see whether it has to be
-
 
 @dataclass(frozen=True)
 class DiagonalLowRank:
@@ -62,8 +60,6 @@ class DiagonalLowRank:
         factor, info = torch.linalg.cholesky_ex(system)
         definite = (info == 0) & (shifted > 0).all()
         if not readable(definite):
-            if len(shifted) <= _UNSEEN_FEATURES:
-                return self._spectral(damping, 1.0)
             factor = factor.masked_fill(~definite, torch.nan)  # and the step is not taken
         elif not bool(definite):  # waits for the device, as every repair does
             if not bool(torch.isfinite(system).all() & torch.isfinite(self.diagonal).all()):

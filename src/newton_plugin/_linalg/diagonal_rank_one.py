@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from newton_plugin._linalg.damped_inverse import shifted_eigenvalues, spectral_inverse
-from newton_plugin._linalg.krylov import KrylovOptions, lockstep_power
+from newton_plugin._linalg.krylov import KrylovOptions, add_product, lockstep_power
 from newton_plugin._linalg.sketch import random_signs
 from newton_plugin._runtime.transforms import readable
 
 __all__ = ["REPAIR_FEATURES", "DiagonalRankOne"]
 
 REPAIR_FEATURES = 1024  # up to here a repair may form its matrix: 8 MiB in float64
-_UNSEEN_FEATURES = 64  # up to here every sample is repaired where Python cannot see which of them have to be
 _REPAIR_ELEMENTS = 2**25  # of the matrices of all samples that are repaired, 256 MiB
 _CACHE_ELEMENTS = 2**15  # of the rows that are worked on at once on a CPU, 256 KiB: three times as fast
 
@@ -116,21 +115,45 @@ class DiagonalRankOne:
             return gradient * shifted_eigenvalues(self.diagonal, damping).pow(-power)
         if power != 1:
             return self._repaired(gradient, damping, power)
+        solved, positive, denominator = self._by_formula(gradient, damping)
+        indefinite = (denominator <= 0) | ~positive
+        if not readable(indefinite):
+            return self._unseen(gradient, damping, solved, denominator)
+        if bool(indefinite.any()):  # waits for the device, as every repair does
+            part = DiagonalRankOne(self.diagonal[indefinite], self.weight[indefinite], self.vector[indefinite])
+            solved[indefinite] = part._repaired(gradient[indefinite], damping, power)
+        return solved
+
+    def _by_formula(self, gradient: Tensor, damping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(H_i + d I)^-1 g_i`` by Sherman and Morrison, whether all E are positive, and the denominators, (N,)."""
+        assert self.weight is not None
+        assert self.vector is not None
         shifted = self.diagonal + damping
         scaled = self.vector / shifted
         denominator = 1 - self.weight * torch.linalg.vecdot(scaled, self.vector)
         solved = gradient / shifted
         inner = self.weight * torch.linalg.vecdot(solved, self.vector) / denominator
-        solved = solved.addcmul_(inner.unsqueeze(-1), scaled)
-        indefinite = (denominator <= 0) | (shifted.amin(-1) <= 0)
-        if not readable(indefinite):
-            if gradient.shape[1] > _UNSEEN_FEATURES:  # a NaN, and the step is not taken
-                return solved.masked_fill(indefinite.unsqueeze(-1), torch.nan)
-            return torch.where(indefinite.unsqueeze(-1), self._repaired(gradient, damping, power), solved)
-        if bool(indefinite.any()):  # waits for the device, as every repair does
-            part = DiagonalRankOne(self.diagonal[indefinite], self.weight[indefinite], self.vector[indefinite])
-            solved[indefinite] = part._repaired(gradient[indefinite], damping, power)
-        return solved
+        solved = add_product(solved, inner.unsqueeze(-1), scaled)
+        return solved, shifted.amin(-1) > 0, denominator
+
+    def _unseen(self, gradient: Tensor, damping: Tensor, solved: Tensor, denominator: Tensor) -> Tensor:
+        """The repair where Python cannot see which matrices need it, and to decompose all of them would be too dear.
+
+        H + d I has the determinant of E times the denominator, and ``-a p p'`` lifts one eigenvalue at most. So with
+        a < 0 it is positive definite, too, where one E is negative and the denominator as well. Where it is not, a
+        negative class weight has made H negative semi-definite, and ``|H|`` is -H. What else is not definite gives a
+        NaN, and the step is not taken.
+        """
+        assert self.weight is not None
+        below = (self.diagonal + damping <= 0).sum(-1)
+        lowered = self.weight < 0
+        definite = torch.where(below == 0, denominator > 0, (below == 1) & lowered & (denominator < 0))
+        other, positive, unlike = DiagonalRankOne(-self.diagonal, -self.weight, self.vector)._by_formula(
+            gradient, damping
+        )
+        known = lowered & (self.diagonal <= 0).all(-1) & positive & (unlike > 0)
+        other = other.masked_fill(~known.unsqueeze(-1), torch.nan)
+        return torch.where(definite.unsqueeze(-1), solved, other)
 
     def _repaired(self, gradient: Tensor, damping: Tensor, power: float) -> Tensor:
         n, m = gradient.shape

@@ -50,7 +50,7 @@ from torch import Tensor
 from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
 from newton_plugin._runtime.transforms import readable
 
-__all__ = ["KrylovOptions", "KrylovStep", "check_krylov", "lockstep_power"]
+__all__ = ["KrylovOptions", "KrylovStep", "add_product", "check_krylov", "lockstep_power"]
 
 # Rounds after which the residuals are checked. Each check waits for the device, and costs N small eigenproblems. Where
 # Python cannot look (vmap, torch.compile) all rounds are taken.
@@ -126,9 +126,9 @@ def lockstep_power(
         alpha = _inner(new, vector)
         new = torch.addcmul(new, alpha.neg().unsqueeze(-1), vector)
         if k > 1:
-            new = new.addcmul_(before.neg().unsqueeze(-1), basis[-2])
+            new = add_product(new, before.neg().unsqueeze(-1), basis[-2])
             for old in basis if most > _FEW_ROUNDS and k > _TRUSTED_ROUNDS else basis[:1]:
-                new = new.addcmul_(_inner(new, old).neg().unsqueeze(-1), old)
+                new = add_product(new, _inner(new, old).neg().unsqueeze(-1), old)
         beta = torch.linalg.vector_norm(new, dim=-1)
         largest = torch.maximum(largest, torch.maximum(alpha.abs(), beta))
         # When the space is exhausted only rounding is left: stop, or V would get noise of unit length.
@@ -145,8 +145,13 @@ def lockstep_power(
         before = beta
     step = torch.zeros_like(gradient)
     for j, vector in enumerate(basis):
-        step = step.addcmul_(weights[:, j : j + 1], vector)
+        step = add_product(step, weights[:, j : j + 1], vector)
     return KrylovStep(step, (values.min(), values.max()))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a b``, in the memory of ``total`` except under vmap, which has no rule for that (torch 2.13)."""
+    return total.addcmul_(a, b) if readable(total) else torch.addcmul(total, a, b)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

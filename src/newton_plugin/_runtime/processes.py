@@ -34,7 +34,7 @@ class Ranks(Protocol):
 
     Attributes:
         many: whether there is more than one.
-        known: what a curvature has named before its step, and has been added up; see ``Curvature.sums``.
+        known: what a curvature has named before its step, and has been added up; see ``Curvature.statistics``.
         covers: whether sums cover the samples of this step, as all but those of ``sync="lagged"`` do. What is finite
             in a sum is then finite on every rank.
     """

@@ -14,13 +14,12 @@ from newton_plugin._derivatives.autograd import Gradients, Parts, Scaling, loss_
 from newton_plugin._derivatives.closed_forms import ClosedForm
 from newton_plugin._derivatives.products import hessian_products
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ProcessGroup, Ranks, current_ranks
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.exchange import Exchange, telling
 from newton_plugin._step.lagged import LaggedExchange
-from newton_plugin._step.one_layer import LayerRows, rows_of_layer, step_of_layer
+from newton_plugin._step.one_layer import LayerRows, rows_of_layer, scaling_of_loss, step_of_layer
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import gain_sums, size_of
@@ -83,7 +82,7 @@ def take_steps(
 def compute_steps(loss: Tensor, ends: Ends, settings: RuleSettings) -> ComputedSteps:
     """The steps at all ends of a loss; see :func:`take_steps`."""
     with telling(loss, settings):
-        scaling = _scaling(loss, ends.layouts, settings)
+        scaling = scaling_of_loss(loss, ends.layouts, settings)
     ranks = current_ranks(settings.sync)
     exchange: Exchange | LaggedExchange | None = None
     with torch.autocast(loss.device.type, enabled=False):
@@ -200,14 +199,3 @@ def _in_one_size(steps: list[BoundaryStep], ends: Ends, exchange: Exchange | Lag
             steps[k].step = torch.where(taken, step, steps[k].gradient)
         ends.rules[numbers[0]].last_factor = None if factor is None else torch.where(taken, factor, 1.0)
     return torch.where(taken, size, 1.0)
-
-
-def _scaling(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
-    if loss.numel() == 1:
-        return settings.reduction
-    if len(layouts) == 1 and loss.numel() == layouts[0].rows:
-        return "per_row"
-    raise ShapeError(
-        f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
-        f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
-    )

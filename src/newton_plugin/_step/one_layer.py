@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
+from newton_plugin._errors import ShapeError
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._linalg.large_rows import nonzero_rows
 from newton_plugin._runtime.processes import Ranks
 from newton_plugin._runtime.transforms import readable
 from newton_plugin._step.rows import all_if_none
 from newton_plugin._step.rule import StepRule
+from newton_plugin._step.settings import RuleSettings
 
-__all__ = ["LayerRows", "LayerStep", "rows_of_layer", "step_of_layer"]
+__all__ = ["LayerRows", "LayerStep", "rows_of_layer", "scaling_of_loss", "step_of_layer"]
 
 
 @dataclass
@@ -109,3 +112,19 @@ def step_of_layer(layer: LayerRows, ranks: Ranks) -> LayerStep:
     unraised = rule.on_nonfinite == "raise" and not readable(taken)
     step = torch.where(taken, result.step, torch.full_like(rows, torch.nan) if unraised else rows)
     return LayerStep(rows, step, layer.live, taken)
+
+
+def scaling_of_loss(loss: Tensor, layouts: Sequence[RowLayout], settings: RuleSettings) -> Scaling:
+    """How a loss is made of the samples at its boundaries.
+
+    Raises:
+        ShapeError: it is neither one number nor one for each row of a single boundary.
+    """
+    if loss.numel() == 1:
+        return settings.reduction
+    if len(layouts) == 1 and loss.numel() == layouts[0].rows:
+        return "per_row"
+    raise ShapeError(
+        f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
+        f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
+    )

@@ -20,16 +20,25 @@ from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._derivatives.autograd import Scaling, first_line
 from newton_plugin._derivatives.functional import Differentiated, Wanted, differentiate
 from newton_plugin._derivatives.sample_hessians import SampleHessians
-from newton_plugin._errors import ArgumentTypeError, ShapeError, TransformError, check_floating
+from newton_plugin._errors import ArgumentTypeError, TransformError, check_floating
 from newton_plugin._runtime.cuda_graphs import callers_state, in_callers_state
 from newton_plugin._runtime.processes import ONE_PROCESS
 from newton_plugin._runtime.transforms import exporting, is_refusal
 from newton_plugin._step.attach import attach_step, in_size
-from newton_plugin._step.one_layer import LayerStep, rows_of_layer, step_of_layer
+from newton_plugin._step.one_layer import LayerStep, rows_of_layer, scaling_of_loss, step_of_layer
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 from newton_plugin._step.size import gain_sums, size_of
-from newton_plugin._step.states import RuleState, as_tensors, check_form, explicit_rule, layout_in, restore
+from newton_plugin._step.states import (
+    RuleState,
+    as_tensors,
+    attributes_of,
+    check_attributes,
+    check_form,
+    explicit_rule,
+    layout_in,
+    restore,
+)
 
 __all__ = [
     "PureSteps",
@@ -94,7 +103,9 @@ def pure_steps(
             "network without its loss; a step is compiled by torch.compile."
         )
     compiling = torch.compiler.is_compiling()
-    if _TRACED[0] if compiling else in_callers_state():
+    traced = _TRACED[0]
+    # What is not remembered is a number in the loss, and no step of it.
+    if remembered and (traced if compiling else in_callers_state()):
         raise TransformError(
             "a part of this loss already takes a Newton step of its own, of which this one would make another. Wrap "
             "the whole loss, or none of it."
@@ -111,15 +122,17 @@ def pure_steps(
     with nullcontext() if compiling else callers_state():
         _TRACED[0] = compiling
         derived = differentiate(loss_of, list(outputs.values()), wanted, scaling_of)
-        _TRACED[0] = False
+        _TRACED[0] = traced
         scaling = found["scaling"]
         before = states(derived)
         steps, after = [], []
         for k, (name, layout, rule, state) in enumerate(zip(outputs, layouts, rules, before, strict=True)):
             restore(rule, name, state)
+            held = [] if compiling or not remembered else attributes_of(rule)
             rows, hessians = layout.to_rows(derived.gradients[k]), derived.hessians[k]
             by_share = None if hessians is None else hessians.times
             steps.append(_step_of_layer(rule, rows, scaling, by_share or (lambda _: None), layout.groups))
+            check_attributes(held)
         size = _in_one_size(steps, layouts, rules)
         for name, layout, rule, state in zip(outputs, layouts, rules, before, strict=True):
             after.append(as_tensors(rule.tensors(), derived.value))
@@ -167,14 +180,7 @@ def _scaling(loss: Any, layouts: Sequence[RowLayout], settings: RuleSettings) ->
     if not isinstance(loss, Tensor):
         raise ArgumentTypeError(f"the loss function must return a torch.Tensor; got {type(loss).__name__}.")
     check_floating("the loss", loss)
-    if loss.numel() == 1:
-        return settings.reduction
-    if len(layouts) == 1 and loss.numel() == layouts[0].rows:
-        return "per_row"
-    raise ShapeError(
-        f"the loss must be one number or one for each of the {layouts[0].rows} samples; got shape "
-        f"{tuple(loss.shape)}. Reduce it over the features first, e.g. loss.sum(-1)."
-    )
+    return scaling_of_loss(loss, layouts, settings)
 
 
 def _step_of_layer(

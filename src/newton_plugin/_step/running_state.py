@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import finish_exchanges
 from newton_plugin._step.size import Gain
 
-__all__ = ["RunningState"]
+__all__ = ["RunningState", "filled"]
 
 
 @dataclass
@@ -161,15 +162,17 @@ class RunningState:
         self._gradients_not_stepped, self._zero_hessians = _copied(state["kept"]), _copied(state["zero"])
 
 
-def filled(fresh: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """``fresh``, with the tensors of ``state`` where it has them."""
+def filled(
+    fresh: dict[str, Any], state: dict[str, Any], taken: Callable[[str, Tensor, Any], Any] = lambda *names: names[2]
+) -> dict[str, Any]:
+    """``fresh``, with what ``state`` has of it: ``taken(name, what fresh has, what state has)``."""
     made = {}
     for name, value in fresh.items():
         given = state.get(name)
         if isinstance(value, dict):
-            made[name] = filled(value, given or {})
+            made[name] = filled(value, given if isinstance(given, dict) else {}, taken)
         else:
-            made[name] = value if given is None else given
+            made[name] = value if given is None else taken(name, value, given)
     return made
 
 

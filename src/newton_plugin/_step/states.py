@@ -14,11 +14,14 @@ from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError, ShapeError, TransformError
 from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._step.rule import StepRule
+from newton_plugin._step.running_state import filled
 from newton_plugin._step.settings import RuleSettings
 
 __all__ = [
     "RuleState",
     "as_tensors",
+    "attributes_of",
+    "check_attributes",
     "check_form",
     "explicit_rule",
     "initial_states",
@@ -27,6 +30,8 @@ __all__ = [
     "state_from_dict",
     "state_to_dict",
 ]
+
+_OURS = "newton_plugin."
 
 RuleState = dict[str, Any]
 """The running state of one rule: tensors in dictionaries."""
@@ -79,7 +84,7 @@ def restore(rule: StepRule, name: str, state: RuleState) -> None:
         ArgumentError: a state of other settings, or of several members of a ``vmap``.
     """
     classes = (type(rule.curvature), type(rule.damping))
-    if not all(cls.__module__.startswith("newton_plugin.") for cls in classes):
+    if not all(cls.__module__.startswith(_OURS) for cls in classes):
         state = tree_map(torch.clone, state)
     try:
         rule.restore(state)
@@ -91,6 +96,41 @@ def restore(rule: StepRule, name: str, state: RuleState) -> None:
             f"the state of outputs={name!r} is none of curvature={rule.curvature!r}, damping={rule.damping!r}, or one "
             "of several members of a vmap. Make one by init(), and call apply() of members under vmap."
         )
+
+
+def attributes_of(rule: StepRule) -> list[tuple[object, dict[str, Any]]]:
+    """What classes of a user's own hold beside the state that they tell; see :func:`check_attributes`."""
+    own = [part for part in (rule.curvature, rule.damping) if not _says_its_state(part)]
+    return [(part, {name: (value, _version(value)) for name, value in vars(part).items()}) for part in own]
+
+
+def check_attributes(before: list[tuple[object, dict[str, Any]]]) -> None:
+    """Raise :class:`TransformError` where a step has changed an attribute: a pure function forgets it."""
+    for part, held in before:
+        for name, value in vars(part).items():
+            old, version = held.get(name, (None, -1))
+            if (old is not value and not _equal(old, value)) or _version(value) != version:
+                raise TransformError(
+                    f"{type(part).__name__} changes its attribute {name!r} at a step, which a pure function forgets: a "
+                    "rule is made anew for each. Give it state_dict(), load_state_dict() and initial_state(), or use a "
+                    "hook."
+                )
+
+
+def _says_its_state(part: object) -> bool:
+    """Whether it is of ours, or of a class of a user's own that defines ``state_dict``."""
+    if type(part).__module__.startswith(_OURS):
+        return True
+    teller = next(base for base in type(part).__mro__ if "state_dict" in base.__dict__)
+    return not teller.__module__.startswith(_OURS)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return isinstance(a, (bool, int, float, str)) and a == b
 
 
 def as_tensors(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
@@ -150,28 +190,20 @@ def state_from_dict(saved: dict[str, Any], fresh: RuleState, settings: RuleSetti
         ArgumentError: a state of other settings or of outputs of another shape, or one that is not finite.
     """
     settings.build().check_state(saved)
-    return _filled(fresh, saved)
+    return filled(fresh, saved, _tensor_of)
 
 
-def _filled(fresh: RuleState, saved: dict[str, Any]) -> RuleState:
-    made: RuleState = {}
-    for name, value in fresh.items():
-        given = saved.get(name)
-        if isinstance(value, dict):
-            made[name] = _filled(value, given if isinstance(given, dict) else {})
-        elif given is None:
-            made[name] = value
-        else:
-            if not isinstance(given, (Tensor, bool, int, float)):
-                raise ArgumentError(
-                    f"state holds {given!r} of type {type(given).__name__} as {name!r}, which is a number or a tensor. "
-                    "Begin without it."
-                )
-            tensor = torch.as_tensor(given).to(value, copy=True)
-            if tensor.shape != value.shape:
-                raise ArgumentError(
-                    f"state is one of outputs of another shape: its {name!r} has shape {tuple(tensor.shape)}; these "
-                    f"outputs need {tuple(value.shape)}. Begin without it."
-                )
-            made[name] = tensor
-    return made
+def _tensor_of(name: str, like: Tensor, given: Any) -> Tensor:
+    """What a saved state holds under a name, as a tensor of the caller's own."""
+    if not isinstance(given, (Tensor, bool, int, float)):
+        raise ArgumentError(
+            f"state holds {given!r} of type {type(given).__name__} as {name!r}, which is a number or a tensor. Begin "
+            "without it."
+        )
+    tensor = torch.as_tensor(given).to(like, copy=True)
+    if tensor.shape != like.shape:
+        raise ArgumentError(
+            f"state is one of outputs of another shape: its {name!r} has shape {tuple(tensor.shape)}; these outputs "
+            f"need {tuple(like.shape)}. Begin without it."
+        )
+    return tensor
