@@ -129,3 +129,31 @@ def test_a_step_inside_of_a_step_is_refused() -> None:
         step(y)
     torch._dynamo.reset()
     assert torch.isfinite(inner.apply(state, y, t)[0]), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("features", "rule"),
+    [(129, {"structure": "per_sample"}), (257, {"damping": 0.1}), (257, {"damping": 0.1, "structure": "diagonal"})],
+)
+def test_what_needs_random_probes_is_refused_by_name(features: int, rule: dict[str, Any]) -> None:
+    """The compiler follows no generator, and an error of its own would say that it does not know torch's insides."""
+    newton = npl.functional.newton_loss(F.smooth_l1_loss, curvature="hessian", **rule)
+    y, t = torch.randn(2, 4, features, generator=G)
+    step = torch.compile(newton.apply, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="random probes"):
+        step(newton.init(y, t), y.requires_grad_(), t)
+
+
+def test_a_state_of_another_form_says_where_to_make_it() -> None:
+    """Outside, the Hessian of a mean squared error is known in closed form, and its C is kept as a diagonal."""
+    newton = npl.functional.newton_loss(F.mse_loss, curvature="hessian")
+    y, t = torch.randn(2, 4, 129, generator=G, dtype=torch.float64)
+    y.requires_grad_()
+    step = torch.compile(newton.apply, fullgraph=True, backend="aot_eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile init"):
+        step(newton.init(y, t), y, t)
+    torch._dynamo.reset()
+    state = torch.compile(newton.init, fullgraph=True, backend="aot_eager")(y, t)
+    (ours,) = torch.autograd.grad(step(state, y, t)[0], y)
+    (theirs,) = torch.autograd.grad(newton.apply(newton.init(y, t), y, t)[0], y)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)

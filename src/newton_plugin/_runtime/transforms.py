@@ -105,7 +105,7 @@ def is_refusal(error: BaseException) -> bool:
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Inside, tensors are made as if there were no transform: ``vmap`` refuses random numbers, also our own."""
-    if not _functorch.get_interpreter_stack():
+    if torch.compiler.is_compiling() or not _functorch.get_interpreter_stack():  # the compiler cannot read the stack
         yield
         return
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack  # after torch is complete

@@ -152,7 +152,8 @@ def check_form(name: str, layout: RowLayout, before: RuleState, after: RuleState
         raise ShapeError(
             f"the state of outputs={name!r} does not fit outputs of shape {layout.shape}: it was made by init() for "
             "another shape or other arguments, or the curvature or damping is a class of yours whose initial_state() "
-            "is not what state_dict() is after a step. Make one by init() of these outputs."
+            "is not what state_dict() is after a step. Make one by init() of these outputs. For a compiled step "
+            "compile init(), too: the compiler knows no closed form of a Hessian; beyond 128 features its C differs."
         )
 
 
