@@ -56,7 +56,7 @@ ORDER: dict[str, list[tuple[str, ...]]] = {
         ("problems",),
         ("rules",),
         ("training",),
-        ("bilevel_lists",),
+        ("bilevel_lists", "live"),
         ("tables",),
     ],
 }

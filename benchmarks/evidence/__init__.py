@@ -5,5 +5,6 @@ Three ideas carry the package. A *problem* (``problems``) is a loss with data an
 of one problem and arm that differ in seed, learning rate or damping are *replicas*, trained side by side in one process
 (``training.replicas``). Tables are made from the lines alone (``tables``).
 
-Imports run in one direction: ``data`` <- ``problems`` <- ``rules`` <- ``training`` <- ``bilevel_lists`` <- ``tables``.
+Imports run in one direction: ``data`` <- ``problems`` <- ``rules`` <- ``training`` <- ``bilevel_lists``, ``live`` <-
+``tables``.
 """

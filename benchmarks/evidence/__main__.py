@@ -3,6 +3,7 @@
     python -m benchmarks.evidence search [--seeds 4]            # candidates for a better rule, on validation data
     python -m benchmarks.evidence tune --table ranking          # hyper-parameters
     python -m benchmarks.evidence report --table ranking        # sixteen seeds of what tuning chose
+    python -m benchmarks.evidence noretune --table no_harm      # sixteen seeds at the rate that tuning chose for plain
     python -m benchmarks.evidence time --table ranking          # milliseconds a step, on a quiet machine
     python -m benchmarks.evidence damping                       # accuracy over fixed dampings, validation data
     python -m benchmarks.evidence fixed --scale paper --data-dir DIR --device cuda --steps 3000 --problems neural_sort_5
@@ -23,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from benchmarks.evidence.live.plan import at_rate_of_plain
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.problems.registry import problems
 from benchmarks.evidence.tables.fields import write_fields
@@ -43,7 +45,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=["search", "tune", "report", "damping", "fixed", "time", "why", "fields", "tables"]
+        "what", choices=["search", "tune", "report", "noretune", "damping", "fixed", "time", "why", "fields", "tables"]
     )
     parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more, beyond")
     parser.add_argument("--problems", nargs="+", help="some problems by name")
@@ -87,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _lines(options: argparse.Namespace, problem: Problem) -> Lines:
-    return Lines(options.out / f"{options.what if options.what in ('search', 'damping') else problem.table}.jsonl")
+    name = options.what if options.what in ("search", "damping") else problem.table
+    return Lines(options.out / f"{'noretune_' * (options.what == 'noretune')}{name}.jsonl")
 
 
 def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -> Iterator[list[Run]]:
@@ -128,7 +131,9 @@ def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -
 
 
 def _group(options: argparse.Namespace, problem: Problem, arm: str, data: str) -> list[Run]:
-    done = _lines(options, problem).by_run()
+    done = Lines(options.out / f"{problem.table}.jsonl").by_run()
+    if options.what == "noretune":
+        return at_rate_of_plain(problem, arm, done, data, options.scale)
     sharp = plan.sharpness(problem, data, options.scale, done)
     if options.what == "tune":
         return plan.tuning_runs(problem, arm, sharp, data, options.scale)

@@ -9,9 +9,11 @@ output space and train on the quadratic surrogate. Three doors:
 """
 
 from newton_plugin import functional, testing
+from newton_plugin._curvature.conflict import GradientConflict
 from newton_plugin._curvature.damping import AutoDamping, Averaging, Damping, Tikhonov
 from newton_plugin._curvature.finiteness import Finiteness
 from newton_plugin._curvature.fisher import EmpiricalFisher
+from newton_plugin._curvature.gated import GatedFisher
 from newton_plugin._curvature.hessian import Hessian
 from newton_plugin._curvature.protocol import Curvature, CurvatureStep
 from newton_plugin._curvature.soft_normalization import SoftNormalization
@@ -52,6 +54,8 @@ __all__ = [
     "EmpiricalFisher",
     "Finiteness",
     "FoundBoundary",
+    "GatedFisher",
+    "GradientConflict",
     "Hessian",
     "LossHook",
     "NewtonLoss",

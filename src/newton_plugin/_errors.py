@@ -128,3 +128,12 @@ def check_floating(name: str, tensor: Any) -> None:
 def as_real(name: str) -> str:
     """What to do with complex outputs."""
     return f"Compute the loss from real numbers, torch.view_as_real({name}): real and imaginary parts are two features."
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> float:
+    """A number in [low, high), as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ArgumentTypeError(f"{name} must be a number in [{low:g}, {high:g}); got {value!r}.")
+    if not low <= value < high:
+        raise ArgumentError(f"{name} must be in [{low:g}, {high:g}); got {value!r}.")
+    return float(value)

@@ -11,7 +11,10 @@ from benchmarks.evidence.data.images import Part, digit_images
 from benchmarks.evidence.problems.problem import LEFT_OUT_OF_OTHER_IMAGES, Batches, RowsLoss
 from torch import Tensor, nn
 
-__all__ = ["Classification", "classification_problems"]
+__all__ = ["NEIGHBOURS", "Classification", "classification_problems"]
+
+NEIGHBOURS = (2, 7, 0, 8, 9, 6, 5, 1, 3, 4)
+"""What a digit is mistaken for: 0 and 2, 1 and 7, 3 and 8, 4 and 9, 5 and 6. Pairs that look alike, by hand."""
 
 # Five networks for images (h, w), from the simplest on.
 MODELS: dict[str, Callable[[int], nn.Module]] = {
@@ -34,6 +37,7 @@ class Classification:
     Attributes:
         model: a key of MODELS.
         random_labels: share of the training labels that are drawn anew from all ten digits.
+        to_neighbours: such a label becomes the digit's neighbour (NEIGHBOURS) instead, and is always wrong.
         folder: with MNIST; None: scikit-learn's digits.
     """
 
@@ -48,6 +52,7 @@ class Classification:
     steps: int = 600
     sharpnesses: tuple[float, ...] = ()
     without: tuple[str, ...] = ("plain, textbook",)
+    to_neighbours: bool = False
 
     def network(self) -> nn.Module:
         return nn.Sequential(nn.Flatten(-2), MODELS[self.model](64 if self.folder is None else 784))
@@ -63,7 +68,8 @@ class Classification:
 
     def _labels(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         redrawn = torch.rand(len(labels), generator=generator) < self.random_labels
-        return torch.where(redrawn, torch.randint(10, labels.shape, generator=generator), labels)
+        drawn = torch.randint(10, labels.shape, generator=generator)  # drawn in any case: the batches stay the same
+        return torch.where(redrawn, torch.tensor(NEIGHBOURS)[labels] if self.to_neighbours else drawn, labels)
 
     def held_out(self, part: Part) -> tuple[Tensor, Tensor]:
         return tuple(digit_images(part, self.folder))  # type: ignore[return-value]

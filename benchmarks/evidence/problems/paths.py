@@ -29,6 +29,7 @@ class Paths:
         kind: "for_l1", "for_l2", "while_l1", "while_l2" (relaxed Bellman-Ford); "loss_score" (the Hamming loss,
             smoothed), "algorithm_score" and "algorithm_difference" (the path smoothed, squared L2), "fenchel_young".
         samples: of the noise, where there is some.
+        wrong: share of the training paths that are replaced by another training map's, once for each run.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Paths:
     steps: int = 300
     batch: int = 32
     optimizer: Literal["adam", "sgd"] = "adam"
+    wrong: float = 0.0
 
     def network(self) -> nn.Module:
         last = [nn.Flatten(-2), nn.Unflatten(-1, (self.size, self.size)), nn.Softplus()]
@@ -50,9 +52,19 @@ class Paths:
     def batches(self, seeds: Sequence[int], batch: int, steps: int) -> Batches:
         tiles, paths = _maps("train", self.size)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        shown = torch.stack([self._shown(len(tiles), seed) for seed in seeds])
         for _ in range(steps):
             index = torch.stack([torch.randint(len(tiles), (batch,), generator=g) for g in generators])
-            yield tiles[index], paths[index]
+            yield tiles[index], paths[shown.gather(1, index)]
+
+    def _shown(self, count: int, seed: int) -> Tensor:
+        """(count,): whose path is shown with each map. The same maps are wrong at a lower share."""
+        own = torch.arange(count)
+        if not self.wrong:
+            return own
+        generator = torch.Generator().manual_seed(seed + 10**6)
+        wrong = torch.rand(count, generator=generator) < self.wrong
+        return torch.where(wrong, (own + torch.randint(1, count, (count,), generator=generator)) % count, own)
 
     def held_out(self, part: Part) -> tuple[Tensor, Tensor]:
         return _maps(part, self.size)

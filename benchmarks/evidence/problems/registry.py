@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from benchmarks.evidence.problems.beyond import beyond_problems
 from benchmarks.evidence.problems.classification import classification_problems
+from benchmarks.evidence.problems.doses import dose_problems
 from benchmarks.evidence.problems.paths import path_problems
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.problems.ranking import ranking_problems
@@ -26,4 +27,7 @@ def problems(scale: str = "cpu", folder: str | None = None, device: str = "cpu")
     ]
     if scale == "cpu":
         every += beyond_problems(folder)
-    return {problem.name: problem for problem in every}
+    named = {problem.name: problem for problem in every}
+    varied = {problem.name: problem for problem in dose_problems(named)} if scale == "cpu" else {}
+    assert not named.keys() & varied.keys(), "a name has one problem"
+    return named | varied

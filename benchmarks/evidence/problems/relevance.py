@@ -32,6 +32,7 @@ class Relevance:
 
     Attributes:
         folder: with MNIST; None: scikit-learn's digits.
+        wrong: share of the training lists whose grades are in a random order.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Relevance:
     folder: str | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
     without: tuple[str, ...] = ("plain, textbook",)
+    wrong: float = 0.0
 
     def network(self) -> nn.Module:
         pixels = _DIGITS * (64 if self.folder is None else 784)
@@ -53,9 +55,17 @@ class Relevance:
 
     def batches(self, seeds: Sequence[int], batch: int, steps: int) -> Batches:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [torch.Generator().manual_seed(seed + 10**6) for seed in seeds]
         for _ in range(steps):
             drawn = [_lists("train", batch, self.n, g, self.folder) for g in generators]
-            yield torch.stack([images for images, _ in drawn]), torch.stack([grades for _, grades in drawn])
+            grades = [self._corrupted(r, g) for (_, r), g in zip(drawn, noise, strict=True)]
+            yield torch.stack([images for images, _ in drawn]), torch.stack(grades)
+
+    def _corrupted(self, grades: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.wrong:
+            return grades
+        wrong = torch.rand(len(grades), 1, generator=generator) < self.wrong
+        return torch.where(wrong, grades.gather(-1, torch.rand(grades.shape, generator=generator).argsort(-1)), grades)
 
     def held_out(self, part: Part) -> tuple[Tensor, Tensor]:
         return _held_out(part, self.n, self.folder)

@@ -24,12 +24,16 @@ class Candidate(npl.Curvature):
         replicas: R.
         rows: the loss, for rules that evaluate it once more.
         tally: counts the batches of a replica whose step was not finite and that kept their gradient.
+
+    Attributes:
+        head_of: from the gradients (R, N, m) at the outputs of this batch to those at the last layer, (R, N, D).
     """
 
     def __init__(self, rule: Rule, replicas: int, rows: RowsLoss, tally: Tally) -> None:
         self.rule, self.replicas, self.rows, self.tally = rule, replicas, rows, tally
         self.needs_hessian = rule.needs_hessian
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self.head_of: Callable[[Tensor], Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Candidate:
         return self  # the loss tells this very object what it sees
@@ -56,9 +60,14 @@ class Candidate(npl.Curvature):
             return ((columns + columns.mT) / 2).reshape(*shape, m, m) / share
 
         g = gradient.reshape(*shape, m) / share
+
+        def head() -> Tensor:
+            assert self.head_of is not None
+            return self.head_of(g)
+
         values = losses.reshape(shape).to(g.dtype)
         with torch.no_grad():
-            step = self.rule.step(Batch(g, values, outputs.reshape(*shape, m).to(g.dtype), evaluate, hessian))
+            step = self.rule.step(Batch(g, values, outputs.reshape(*shape, m).to(g.dtype), evaluate, hessian, head))
         fine = torch.isfinite(step).flatten(1).all(1)
         self.tally.kept += ~fine
         step = torch.where(fine[:, None, None], step, g).reshape(n, m) * share

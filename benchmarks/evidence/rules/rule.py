@@ -30,6 +30,7 @@ class Batch:
         outputs: (R, N, m).
         evaluate: other outputs (R, N, m) to their losses (R, N), without gradient.
         hessian: gives all per-sample Hessians, (R, N, m, m).
+        head: gives every sample's gradient at the last layer's weights, (R, N, D).
     """
 
     gradient: Tensor
@@ -37,6 +38,7 @@ class Batch:
     outputs: Tensor
     evaluate: Callable[[Tensor], Tensor]
     hessian: Callable[[], Tensor]
+    head: Callable[[], Tensor]
 
     def squared(self) -> Tensor:
         """``|g_i|^2``, (R, N, 1)."""
@@ -48,9 +50,11 @@ class Rule(ABC):
 
     Attributes:
         needs_hessian: whether :meth:`step` asks the batch for Hessians.
+        needs_head: whether it asks for gradients at the last layer.
     """
 
     needs_hessian = False
+    needs_head = False
 
     def __init__(self) -> None:
         self._totals: dict[str, tuple[Tensor, float]] = {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.evidence.bilevel_lists import BilevelLists
+from benchmarks.evidence.live.problems import LiveProblem
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.tables.markdown import difference, lines, number, spread
 from benchmarks.evidence.tables.paired import Comparison, compare, holm
@@ -75,7 +76,8 @@ class _Table:
     def unfinished(self) -> list[str]:
         """What is missing before the table is what the protocol says."""
         problems = [name for name, problem in self.every.items() if problem.table == self.table]
-        wanted = [(name, arm) for name in problems for arm in ARMS if arm not in self.every[name].without]
+        arms = {arm for _, arm in self.cells}
+        wanted = [(name, arm) for name in problems for arm in ARMS if arm in arms - {*self.every[name].without}]
         absent = [key for key in wanted if key not in self.cells]
         seeds = sorted({len(cell) for cell in self.cells.values()})
         found = [f"{len(absent)} of {len(wanted)} trainings of an arm on a problem have not been run"] * bool(absent)
@@ -92,7 +94,11 @@ class _Table:
 
 
 def _grid(problem: Problem, arm: str, data: str) -> list[tuple[float, float | None]]:
-    return problem.grid if isinstance(problem, BilevelLists) else configurations(ARMS[arm], problem.optimizer, data)
+    if isinstance(problem, BilevelLists):
+        return problem.grid
+    if isinstance(problem, LiveProblem):
+        return problem.configurations(arm)
+    return configurations(ARMS[arm], problem.optimizer, data)
 
 
 def _overtaken(done: Done, every: Mapping[str, Problem]) -> set[tuple]:

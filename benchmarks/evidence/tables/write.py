@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.evidence.bilevel_lists import BILEVEL, found_lists
+from benchmarks.evidence.live.problems import LIVE
 from benchmarks.evidence.problems.beyond import ignorant_scores
 from benchmarks.evidence.problems.paths import Paths, shortcut_scores
 from benchmarks.evidence.problems.problem import Problem
@@ -48,7 +49,7 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
     if paper:
         written.append(out.with_name(f"{out.name}_ranking_paper.md"))
         written[-1].write_text(fixed_table(paper, every))
-    every = {**every, **BILEVEL}  # type: ignore[dict-item]  # whose runs are no stacks of replicas
+    every = {**every, **BILEVEL, **LIVE}  # type: ignore[dict-item]  # whose runs are no stacks of replicas
     reported = []
     for table in dict.fromkeys(problem.table for problem in every.values() if problem.table != "ranking_paper"):
         done = Lines(out / f"{table}.jsonl").by_run()

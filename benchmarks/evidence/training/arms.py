@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from benchmarks.evidence.rules.all_rules import RULES
+from benchmarks.evidence.rules.gated import Gated, Size
 from benchmarks.evidence.rules.our_rule import GeometricMean
 from benchmarks.evidence.rules.rule import Rule
 
@@ -28,7 +31,7 @@ class Arm:
 
     Attributes:
         newton: curvature and damping for a value of the arm's second number; None: the plain gradient.
-        rule: a candidate of the search, in place of ``newton``: it sees all replicas at once.
+        rule: a rule for all replicas at once, which stacks of replicas take in place of ``newton``.
         second: values of the second number to choose from.
         clips: the second number is a norm at which the parameters' gradient is clipped.
         textbook: the loss as one writes it down first.
@@ -53,6 +56,14 @@ def _fixed(kind: type[npl.EmpiricalFisher] | type[npl.Hessian]) -> MakeRule:
     return make
 
 
+def _gated(gate: Literal["conflict"] | float = "conflict", size: Size = "signal", most: float = 2.0) -> Arm:
+    """The package's rule; stacks of replicas take its dense twin, which is the same step (tested)."""
+    return Arm(
+        lambda _: (npl.GatedFisher(gate=gate, size=size, most=most), npl.AutoDamping()),
+        rule=lambda: Gated(gate, size, most=most),
+    )
+
+
 ARMS: dict[str, Arm] = {
     "plain, textbook": Arm(textbook=True),
     BASELINE: Arm(),
@@ -68,6 +79,15 @@ ARMS: dict[str, Arm] = {
     "Hessian, fixed": Arm(_fixed(npl.Hessian), second=DAMPINGS),
     "Hessian per sample": Arm(lambda _: (npl.Hessian("per_sample"), npl.AutoDamping())),
     "our rule": Arm(lambda _: (GeometricMean(), npl.AutoDamping())),
+    "gated": _gated(),
+    "gated, norm": _gated(size="norm"),
+    "gated, newton": _gated(size="newton"),
+    "gated, plain size": _gated(size="plain"),
+    "gated, unbounded": _gated(most=math.inf),
+    "gate half open": _gated(gate=0.5),
+    "size alone": _gated(gate=0.0),
+    "gate inverted": Arm(rule=lambda: Gated("inverted")),
+    "groups at random": Arm(rule=lambda: Gated("random")),
 }
 """The arms of the tables."""
 

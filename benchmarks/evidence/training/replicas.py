@@ -41,6 +41,8 @@ class Networks:
         self._names = list(stacked)
         self._one_by_one = any(isinstance(layer, nn.Conv2d) for layer in self._one.modules())
         self.parameters: list[Tensor] = [p.detach().to(device).requires_grad_() for p in stacked.values()]
+        self._layers = _in_order(self._one)
+        self._head = max(k for k, layer in enumerate(self._layers) if isinstance(layer, nn.Linear))
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(R, N, ...) -> (R, N, ...)."""
@@ -50,6 +52,46 @@ class Networks:
         """The same inputs (N, ...) through every replica: (R, N, ...), some at a time."""
         with torch.no_grad():
             return torch.cat([self._forward(part, None) for part in inputs.split(_AT_ONCE)], 1)
+
+    def with_head(self, inputs: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What :meth:`__call__` returns, and the map from gradients there to those at the last layer.
+
+        The map takes gradients (R, N, m) of the samples' losses at the outputs, and gives those at the last linear
+        layer's weights, (R, N, D). What comes after that layer is applied once more.
+        """
+        seen: list[Tensor] = []
+        layer = self._layers[self._head]
+        handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+        def one(parameters: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+            out = functional_call(self._one, dict(zip(self._names, parameters, strict=True)), (x,))
+            return out, seen.pop()
+
+        try:
+            outputs, features = vmap(one)(self.parameters, inputs)
+        finally:
+            handle.remove()
+        features = features.detach()
+        weight, bias = (p.detach() for p in self.parameters[-2:])
+        after = self._layers[self._head + 1 :]
+
+        def rest(z: Tensor) -> Tensor:
+            for module in after:
+                z = module(z)
+            return z
+
+        def head_of(gradient: Tensor) -> Tensor:
+            r, n = gradient.shape[:2]
+            z = torch.einsum("r...d,rkd->r...k", features, weight) + bias.reshape(r, *[1] * (features.ndim - 2), -1)
+            with torch.enable_grad():
+                z.requires_grad_()
+                out = vmap(rest)(z)
+                (at,) = torch.autograd.grad(out, z, gradient.reshape(out.shape).to(out.dtype))
+            a = at.reshape(r, n, -1, at.shape[-1]).to(gradient.dtype)
+            h = features.reshape(r, n, -1, features.shape[-1]).to(gradient.dtype)
+            return torch.einsum("rnpk,rnpd->rnkd", a, h).flatten(2)
+
+        return outputs, head_of
 
     def _forward(self, inputs: Tensor, batched: int | None) -> Tensor:
         def one(parameters: list[Tensor], x: Tensor) -> Tensor:
@@ -62,6 +104,13 @@ class Networks:
             )
             return torch.stack([one(list(parameters), x) for *parameters, x in each])
         return vmap(one, in_dims=(0, batched))(self.parameters, inputs)
+
+
+def _in_order(network: nn.Module) -> list[nn.Module]:
+    """The layers of nested nn.Sequentials."""
+    if not isinstance(network, nn.Sequential):
+        return [network]
+    return [layer for child in network for layer in _in_order(child)]
 
 
 class _Optimizer:

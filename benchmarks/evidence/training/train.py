@@ -80,7 +80,7 @@ class Trainer:
         return self.criterion.diagnostics().get("fallbacks", 0.0) > 0
 
     def _criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
-        mean = _Mean(self.rows)
+        mean = self.mean = _Mean(self.rows)
         if self.arm.rule is not None:
             mean.candidate = Candidate(self.arm.rule(), len(self.runs), self.rows, self.tally)
             return npl.NewtonLoss(mean, curvature=mean.candidate)
@@ -99,7 +99,11 @@ class Trainer:
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         """One step of every replica on (R, N, ...)."""
-        outputs = self.networks(inputs)
+        candidate = self.mean.candidate
+        if candidate is not None and candidate.rule.needs_head:
+            outputs, candidate.head_of = self.networks.with_head(inputs)
+        else:
+            outputs = self.networks(inputs)
         self.alive &= torch.isfinite(outputs.detach()).flatten(1).all(1)
         mask = self.alive.reshape(-1, *[1] * (outputs.ndim - 1))
         outputs = torch.where(mask, outputs, 0.0)  # of a replica that is lost nothing reaches the others

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from newton_plugin._curvature.overriding import arguments_of, holds
 from newton_plugin._curvature.running_mean import RunningMean
-from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive
+from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_positive, check_range
 from newton_plugin._linalg.damped_inverse import working_dtype
 
 __all__ = [
@@ -175,11 +175,11 @@ class AutoDamping(Damping):
         self, ratio: float = 0.3, decay: float = 0.9, growth: float = 10.0, floor: float = 1e-3, own: float = 1.0
     ) -> None:
         self.ratio = check_positive("ratio", ratio, _HINT)
-        self.floor = _check_range("floor", floor, 0, 1)
+        self.floor = check_range("floor", floor, 0, 1)
         self.averaging = Averaging(
-            _check_range("decay", decay, 0, 1),
-            _check_range("growth", growth, 1, math.inf),
-            _check_range("own", own, 0, math.inf),
+            check_range("decay", decay, 0, 1),
+            check_range("growth", growth, 1, math.inf),
+            check_range("own", own, 0, math.inf),
         )
         self._slow = RunningMean(nonnegative=True)
 
@@ -271,14 +271,6 @@ def damping_of(rule: Damping, scale: Tensor) -> Tensor:
             "Return torch.full_like(scale, number)."
         )
     return value
-
-
-def _check_range(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ArgumentTypeError(f"{name} must be a number in [{low:g}, {high:g}); got {value!r}.")
-    if not low <= value < high:
-        raise ArgumentError(f"{name} must be in [{low:g}, {high:g}); got {value!r}.")
-    return float(value)
 
 
 def resolve_damping(damping: object) -> Damping:

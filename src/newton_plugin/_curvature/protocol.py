@@ -30,7 +30,7 @@ structure        C
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -80,6 +80,7 @@ class CurvatureStep:
             without dimensions, to be read when the host waits anyway. None: not checked.
         finiteness: what is known of the finiteness of C, gradients and steps; nothing by default, and all is checked.
         sizes: ``sum |g_i|^2`` and ``sum |step_i|^2`` for people, computed only when called; None: from the rows.
+        readings: further numbers for people, without dimensions, by name.
     """
 
     step: Tensor
@@ -90,6 +91,7 @@ class CurvatureStep:
     zero_hessian: Tensor | None = None
     finiteness: Finiteness = field(default_factory=Finiteness)
     sizes: Callable[[], tuple[Tensor, Tensor]] | None = None
+    readings: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Curvature(ABC):
@@ -98,6 +100,7 @@ class Curvature(ABC):
     Attributes:
         needs_hessian: whether :meth:`step` uses Hessian-vector products.
         structure: how much of C is kept. Only "block" matters to others: :meth:`step` then gets ``groups``.
+        reading_names: the names of :attr:`CurvatureStep.readings`, the same at every step.
         refresh_every: tells others for how many steps one C is used. A curvature of your own keeps its C itself.
 
     Example:
@@ -116,10 +119,12 @@ class Curvature(ABC):
     needs_hessian: bool = False
     structure: Structure = "mean"
     refresh_every: int = 1
+    reading_names: tuple[str, ...] = ()
     takes_ranks: ClassVar[bool] = False
     takes_weight: ClassVar[bool] = False
     takes_live: ClassVar[bool] = False
     takes_factor: ClassVar[bool] = False
+    takes_head: ClassVar[bool] = False
     names_statistics: ClassVar[bool] = False
     names_knowledge: ClassVar[bool] = False
 
@@ -131,6 +136,7 @@ class Curvature(ABC):
         cls.takes_live = "live" in arguments
         cls.takes_weight = "weight" in arguments and holds(cls, "streams", "step")
         cls.takes_factor = "factor" in arguments and cls.takes_weight
+        cls.takes_head = "head" in arguments
         cls.names_statistics = holds(cls, "statistics", "step")
         cls.names_knowledge = holds(cls, "knowledge", "step")
 
@@ -156,6 +162,9 @@ class Curvature(ABC):
         * ``weight``, if the class that defines this method, or a subclass, also defines a :meth:`streams` that answers
           True. It gets the rows as they arrived, ``w g_i`` in the outputs' dtype, and w, no dimensions (None: 1); it
           returns ``w step_i``, in the same dtype.
+        * ``head``: the last layer's inputs and the gradients at its outputs, for each sample: an object with
+          ``gradients`` (N, P, k), in the unit of the rows, and ``inputs`` (N, P, d), P positions a sample; None where
+          no last layer is seen.
         * ``factor``, beside ``weight``: f, no dimensions (None: 1). It then returns ``f w step_i``, rounded once; and
           it also gets rows in half precision.
         """

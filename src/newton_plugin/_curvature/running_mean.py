@@ -11,7 +11,7 @@ from torch import Tensor
 
 from newton_plugin._runtime.cuda_graphs import capturing, carried
 
-__all__ = ["RunningMean"]
+__all__ = ["RunningMean", "without_empty"]
 
 
 class RunningMean:
@@ -92,6 +92,16 @@ class RunningMean:
             norm = self._norm = self._norm_of(self._mean)
         return norm
 
+    @property
+    def count(self) -> Tensor:
+        """How many values the mean counts as, no dimensions; after an :meth:`update` with ``decay > 0``."""
+        assert self._count is not None
+        return self._count
+
+    def last(self, like: Tensor) -> Tensor | None:
+        """The mean as it is, in dtype and device of ``like``; None if there is none of that shape."""
+        return self._before(like)[0]
+
     def _before(self, value: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Mean and count as they were, in dtype and device of ``value``; None if they are of another shape."""
         if capturing(value):
@@ -127,3 +137,8 @@ class RunningMean:
             raise TypeError("the state of a running mean holds two tensors")
         self._mean, self._count, self._norm = mean, count, None
         self._in_place = False
+
+
+def without_empty(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The states that hold anything: a mean without a value has none."""
+    return {name: state for name, state in states.items() if state}

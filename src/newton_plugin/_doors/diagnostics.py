@@ -9,6 +9,7 @@ search for ``eig_max``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from newton_plugin._linalg.large_rows import squared_norms
@@ -30,7 +31,7 @@ def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: in
         return {}
     lows, highs = zip(*(step.extremes() for _, step in last), strict=True)
     gradients, steps = zip(*(_mean_squares(rule) for rule, _ in last), strict=True)
-    return {
+    numbers = {
         "gradient_norm": sum(gradients) ** 0.5,
         "step_norm": sum(steps) ** 0.5,
         "eig_min": min(float(v) for v in lows),
@@ -38,6 +39,10 @@ def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: in
         "damping": max(float(step.damping) for _, step in last),
         "fallbacks": float(skipped + sum(r.fallbacks for r in rules)),
     }
+    for name in dict.fromkeys(name for _, step in last for name in step.readings):
+        known = [value for _, step in last if (value := float(step.readings.get(name, math.nan))) == value]
+        numbers[name] = max(known, default=math.nan)
+    return numbers
 
 
 def _mean_squares(rule: StepRule) -> tuple[float, float]:

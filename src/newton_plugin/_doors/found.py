@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from newton_plugin._boundary.autograd_graph import Boundary
 from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._step.ends import layout_at
+from newton_plugin._step.heads import UNSEEN
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 
@@ -28,6 +29,7 @@ class FoundBoundary:
         calls: how many calls of the layer this loss has; they share one curvature.
         beside: what else the loss reaches, by name: its own parameters, terms of earlier layers.
         left_out: what could have been a boundary and is none, with the reason.
+        last_layer: what a rule that looks at the last layer sees there, or why it sees none; empty if it does not look.
     """
 
     name: str
@@ -40,6 +42,7 @@ class FoundBoundary:
     calls: int = 1
     beside: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    last_layer: str = ""
 
     def __str__(self) -> str:
         along = ", ".join(map(str, self.sample_dims)) if self.sample_dims else "none"
@@ -91,6 +94,7 @@ class Found:
                 sum(other is rule for other in self.rules),
                 tuple(self.beside),
                 tuple(self.left_out),
+                rule.last_layer,
             )
             for name, layout, rule in zip(self.names, self.layouts, self.rules, strict=True)
         )
@@ -105,4 +109,6 @@ def describe_boundaries(found: Sequence[FoundBoundary]) -> str:
         parts.append(f"beside: {', '.join(found[0].beside)}")
     if found[0].left_out:
         parts.append(f"left out: {'; '.join(found[0].left_out)}")
+    unseen = {f.last_layer for f in found if f.last_layer.startswith(UNSEEN)}
+    parts += sorted(unseen)
     return " | ".join(parts)

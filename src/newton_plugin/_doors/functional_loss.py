@@ -11,10 +11,11 @@ from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.arguments import check_outputs, loss_at, name_of, outputs_of
 from newton_plugin._errors import ArgumentError, ArgumentTypeError
+from newton_plugin._step.heads import LayerHead, LinearHead
 from newton_plugin._step.pure import hessians_at, preconditioned, pure_steps
 from newton_plugin._step.rule import OnNonfinite
 from newton_plugin._step.settings import CurvatureName, Reduction, RuleSettings, StructureChoice
-from newton_plugin._step.states import initial_states, state_from_dict, state_to_dict
+from newton_plugin._step.states import initial_states, layout_in, state_from_dict, state_to_dict
 
 __all__ = ["FunctionalNewtonLoss", "NewtonState", "functional_newton_loss"]
 
@@ -33,13 +34,18 @@ class FunctionalNewtonLoss:
     """A loss function as two pure functions; made by :func:`newton_plugin.functional.newton_loss`."""
 
     def __init__(
-        self, loss_fn: Callable[..., Tensor], settings: RuleSettings, outputs: int | str | Sequence[int | str]
+        self,
+        loss_fn: Callable[..., Tensor],
+        settings: RuleSettings,
+        outputs: int | str | Sequence[int | str],
+        layer_inputs: str | None = None,
     ):
         if not callable(loss_fn):
             raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
         self.loss_fn = loss_fn
         self._settings = settings
         self._outputs = check_outputs(outputs)
+        self._layer_inputs = _check_layer_inputs(layer_inputs, self._outputs)
 
     def __repr__(self) -> str:
         parts = [name_of(self.loss_fn), self._settings.describe(without=("sync",))] + [f"outputs={self._outputs}"] * (
@@ -58,11 +64,12 @@ class FunctionalNewtonLoss:
         Raises:
             ArgumentError: no such argument; arguments are missing that are needed.
         """
+        head, kwargs = self._head(args, kwargs)
         named = self._named(args, kwargs)
         hessians = None
         if len(args) + len(kwargs) > len(named):
             hessians = hessians_at(loss_at(self.loss_fn, args, kwargs, named), named, self._settings)
-        return NewtonState(dict(zip(named, initial_states(named, self._settings, hessians), strict=True)))
+        return NewtonState(dict(zip(named, initial_states(named, self._settings, hessians, head), strict=True)))
 
     def apply(self, state: NewtonState, *args: Any, **kwargs: Any) -> tuple[Tensor, NewtonState]:
         """The loss, whose derivative by its outputs is the Newton step, and the state after it.
@@ -82,6 +89,7 @@ class FunctionalNewtonLoss:
             TransformError: what a transform does not let this do; the message names it.
         """
         _check_state(state)
+        head, kwargs = self._head(args, kwargs)
         named = self._named(args, kwargs)
         states = self._states(state, named)
         found = pure_steps(
@@ -89,6 +97,7 @@ class FunctionalNewtonLoss:
             {name: y.detach() for name, y in named.items()},
             lambda _: states,
             self._settings,
+            head=head,
         )
         loss = preconditioned(found, list(named.values()))
         return loss, NewtonState(dict(zip(named, found.states, strict=True)))
@@ -129,6 +138,21 @@ class FunctionalNewtonLoss:
         pairs = zip(fresh.rules.items(), state["rules"].values(), strict=True)
         return NewtonState({name: state_from_dict(saved, like, self._settings) for (name, like), saved in pairs})
 
+    def _head(self, args: Any, kwargs: dict[str, Any]) -> tuple[LayerHead | None, dict[str, Any]]:
+        """The last layer, if its inputs are given; and the arguments of the loss without them."""
+        name = self._layer_inputs
+        if name is None:
+            return None, kwargs
+        kwargs = dict(kwargs)
+        inputs = kwargs.pop(name, None)
+        if not isinstance(inputs, Tensor):
+            raise ArgumentError(
+                f"{name} must be given by name, as layer_inputs={name!r} says: a tensor with the inputs of the layer "
+                f"that made the outputs; got {type(inputs).__name__}."
+            )
+        (outputs,) = self._named(args, kwargs).values()
+        return LinearHead(inputs, layout_in(outputs, self._settings)), kwargs
+
     def _named(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
         return outputs_of(self.loss_fn, self._outputs, args, kwargs)
 
@@ -138,6 +162,16 @@ class FunctionalNewtonLoss:
                 f"state must be of outputs={self._outputs}; got one of {sorted(state.rules)}. Make one by init()."
             )
         return [state.rules[name] for name in named]
+
+
+def _check_layer_inputs(name: Any, outputs: Sequence[int | str]) -> str | None:
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"layer_inputs must be the name of an argument or None; got {name!r}.")
+    if len(outputs) > 1:
+        raise ArgumentError(f"layer_inputs={name!r} is of one layer; got outputs={outputs}. Name one of them.")
+    return name
 
 
 def _check_state(state: Any) -> None:
@@ -160,6 +194,7 @@ def functional_newton_loss(
     outputs: int | str | Sequence[int | str] = 0,
     feature_dims: int | Sequence[int] | None = None,
     on_nonfinite: OnNonfinite = "keep",
+    layer_inputs: str | None = None,
 ) -> FunctionalNewtonLoss:
     """Newton Losses for functional code: the running state is an argument and a result.
 
@@ -180,6 +215,10 @@ def functional_newton_loss(
         on_nonfinite: "keep" the gradient where it is not finite, or "raise". Under ``vmap`` and ``torch.compile``,
             where nobody can raise, "raise" makes the step NaN.
 
+        layer_inputs: the name under which ``init`` and ``apply`` also get the inputs of the linear layer that made the
+            outputs, (N, ..., d); the loss does not. A rule that looks at the last layer (``structure="gated"``) sees no
+            layer without them.
+
     Each process of a distributed run takes the C of its own samples.
 
     Raises:
@@ -198,4 +237,4 @@ def functional_newton_loss(
         torch.Size([8, 3, 5])
     """
     settings = RuleSettings(curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync=False)
-    return FunctionalNewtonLoss(loss_fn, settings, outputs)
+    return FunctionalNewtonLoss(loss_fn, settings, outputs, layer_inputs)

@@ -27,6 +27,7 @@ from newton_plugin._linalg.large_rows import nonzero_rows, squared_norms
 from newton_plugin._linalg.matrices import Dense, Diagonal, Isotropic
 from newton_plugin._runtime.cuda_graphs import capturing
 from newton_plugin._runtime.processes import ONE_PROCESS
+from newton_plugin._step.heads import GivenHead, LayerHead
 from newton_plugin._step.rows import all_if_none
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
@@ -49,11 +50,13 @@ class CompiledStep:
 
     def __init__(self, settings: RuleSettings) -> None:
         self._settings = settings
-        self._functions: dict[int, Callable[..., Any]] = {}
+        self._functions: dict[tuple[int, bool], Callable[..., Any]] = {}
         self._off = False
         self._seen: set[int] = set()  # numbers of rows
 
-    def __call__(self, rule: StepRule, arrived: Tensor, scale: Tensor, groups: int) -> Tensor | None:
+    def __call__(
+        self, rule: StepRule, arrived: Tensor, scale: Tensor, groups: int, head: LayerHead | None = None
+    ) -> Tensor | None:
         """What enters the network for rows that arrive, in their dtype; the rule is as after a step.
 
         Args:
@@ -61,20 +64,24 @@ class CompiledStep:
             arrived: rows (N, m), as the backward pass brings them.
             scale: the gradient at the loss.
             groups: rows of one sample.
+            head: the last layer below; None: it is not seen, or the rule does not look.
 
         Returns:
             The rows that are sent; None where they are not to be had by what is compiled: nothing has changed then.
         """
         if self._off or arrived.dtype in HALF or len(arrived) < 2 or capturing(arrived) or not _is_pure(rule):
             return None
-        leaves, form = rule.leaves(arrived, groups)
+        seen = None if head is None else head.rows(arrived)
+        layer = (None, None) if seen is None else (seen.gradients, seen.inputs)
+        leaves, form = rule.leaves(arrived, groups, seen)
+        key = groups, seen is None  # the form of a state follows from these and from the settings
         try:
-            function = self._functions.get(groups)  # the form of a state follows from the settings
+            function = self._functions.get(key)
             if function is None:
-                function = self._functions[groups] = _compiled(self._settings, groups, form)
+                function = self._functions[key] = _compiled(self._settings, groups, form)
             with self._quietly(len(arrived)):
-                sent, taken, damping, weight, squared, stepped, matrix, *after = function(
-                    arrived, scale.reshape(()), *leaves
+                sent, taken, damping, weight, squared, stepped, matrix, readings, *after = function(
+                    arrived, scale.reshape(()), *layer, *leaves
                 )
             if len(after) != len(leaves):
                 raise ValueError("the state after a step has another form than initial_state() gives")
@@ -97,6 +104,7 @@ class CompiledStep:
             lambda: _extremes(structure, matrix, squared, features),
             finiteness=Finiteness(taken=taken),
             sizes=(lambda: (squared.sum(), stepped[0])) if large else None,
+            readings=dict(zip(rule.curvature.reading_names, readings.unbind(), strict=True)) if len(readings) else {},
         )
         rule.last_gradient, rule.last_weight = (None, None) if large else (arrived, weight)
         rule.last_factor = None
@@ -134,26 +142,42 @@ def compiled_step(settings: RuleSettings) -> CompiledStep | None:
 def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[..., Any]:
     """The step as one compiled function of tensors."""
 
-    def step(arrived: Tensor, scale: Tensor, *leaves: Tensor) -> tuple[Tensor | None, ...]:
+    def step(
+        arrived: Tensor, scale: Tensor, at_layer: Tensor | None, inputs: Tensor | None, *leaves: Tensor
+    ) -> tuple[Tensor | None, ...]:
         rule = settings.build()
         rule.restore(tree_unflatten(list(leaves), form))
         live = all_if_none(nonzero_rows(arrived).sum(), len(arrived))
         scale = scale.to(working_dtype(arrived.device))
         weight = scale / live if settings.reduction == "mean" else scale
         gradient = arrived / weight.reshape(1)
-        result = rule(gradient, None, ONE_PROCESS, groups, live=live)
+        head = None
+        if at_layer is not None and inputs is not None:
+            head = GivenHead(at_layer / weight.to(at_layer.dtype), inputs)
+        result = rule(gradient, None, ONE_PROCESS, groups, live=live, head=head)
         taken = result.finiteness.taken
         assert taken is not None
         sent = torch.where(taken, (result.step * weight).to(arrived.dtype), arrived)
         squared, stepped = squared_norms(gradient), arrived.new_empty(0)
         if arrived.numel() >= _LARGE:  # whose rows are not kept for somebody who might ask
             stepped = squared_norms(result.step).sum().reshape(1)
-        return sent, taken, result.damping, weight, squared, stepped, result.matrix, *tree_flatten(rule.tensors())[0]
+        readings = [result.readings[name] for name in rule.curvature.reading_names if name in result.readings]
+        read = torch.stack(readings) if readings else weight.new_empty(0)
+        state = rule.tensors()
+        after = tree_flatten(_ordered(state, tree_unflatten(list(leaves), form)))[0]
+        return sent, taken, result.damping, weight, squared, stepped, result.matrix, read, *after
 
     # The compiler counts its compilations by code, and gives up on one that it has compiled eight times. Each of ours
     # has a code of its own, so that other losses do not count here.
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
     return torch.compile(own, fullgraph=True)
+
+
+def _ordered(state: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """A state with its entries in the order of another one, which says what each of its tensors is."""
+    if state.keys() != like.keys():
+        raise ValueError("the state after a step has other entries than initial_state() gives")
+    return {k: _ordered(state[k], v) if isinstance(v, dict) else state[k] for k, v in like.items()}
 
 
 def _is_pure(rule: StepRule) -> bool:

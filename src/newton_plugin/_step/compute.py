@@ -18,6 +18,7 @@ from newton_plugin._linalg.damped_inverse import working_dtype
 from newton_plugin._runtime.processes import ProcessGroup, Ranks, current_ranks
 from newton_plugin._step.ends import Ends
 from newton_plugin._step.exchange import Exchange, telling
+from newton_plugin._step.heads import LayerHead
 from newton_plugin._step.lagged import LaggedExchange
 from newton_plugin._step.one_layer import LayerRows, rows_of_layer, scaling_of_loss, step_of_layer
 from newton_plugin._step.rule import StepRule
@@ -131,10 +132,13 @@ def _layers(loss: Tensor, ends: Ends, scaling: Scaling, many: bool) -> tuple[Gra
         twice="products" in ends.sources,
         verified=all(rule.probing.verified for rule in ends.rules),
     )
-    return found, [_layer(numbers, found, ends, scaling, many) for numbers in ends.calls]
+    each = zip(ends.calls, ends.heads, strict=True)
+    return found, [_layer(numbers, head, found, ends, scaling, many) for numbers, head in each]
 
 
-def _layer(numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scaling, many: bool) -> _Layer:
+def _layer(
+    numbers: Sequence[int], head: LayerHead | str | None, found: Gradients, ends: Ends, scaling: Scaling, many: bool
+) -> _Layer:
     first = numbers[0]
     rule, source = ends.rules[first], ends.sources[first]
     layouts = [ends.layouts[k] for k in numbers]
@@ -147,7 +151,8 @@ def _layer(numbers: Sequence[int], found: Gradients, ends: Ends, scaling: Scalin
             return hessian_products(gradients, boundaries, layouts, rule.probing, found.cause, share)
         return None if source is None else _closed_forms(numbers, found, ends, share)
 
-    rows = rows_of_layer(rule, batch, scaling, hessians_of, layouts[0].groups, many)
+    seen = None if isinstance(head, str) else head
+    rows = rows_of_layer(rule, batch, scaling, hessians_of, layouts[0].groups, many, seen)
     return _Layer(**vars(rows), numbers=numbers, layouts=layouts)
 
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from newton_plugin._boundary.autograd_graph import Boundary
 from newton_plugin._boundary.rows import RowLayout, layout_of
 from newton_plugin._derivatives.closed_forms import ClosedForm, find_closed_form
+from newton_plugin._step.heads import UNSEEN, LayerHead, head_of
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
 
@@ -35,6 +36,7 @@ class Ends:
         layouts: between the outputs of each boundary and their rows.
         rules: one for each boundary. Calls of one layer have the same rule: their rows are one batch.
         sources: of the second derivatives.
+        heads: for each rule once, the last layer below its boundaries, or why none is seen; None: nobody looks.
         calls: the numbers of the boundaries that share a rule, for each rule once.
         samples: for each boundary N, the rows of all calls of its layer.
         beside: whether the loss reaches anything but its boundaries.
@@ -47,6 +49,7 @@ class Ends:
     calls: list[list[int]]
     samples: list[int]
     beside: bool
+    heads: list[LayerHead | str | None]
 
     @staticmethod
     def of(
@@ -60,7 +63,8 @@ class Ends:
         layouts = [layout_at(b, settings) for b in boundaries]
         if len(layouts) == 1:  # nearly always
             source = _source(loss, boundaries[0], layouts[0], rules[0])
-            return Ends(boundaries, layouts, rules, [source], [[0]], [layouts[0].rows], beside)
+            heads = _heads(boundaries, layouts, rules, [[0]])
+            return Ends(boundaries, layouts, rules, [source], [[0]], [layouts[0].rows], beside, heads)
         calls: list[list[int]] = []
         for k, rule in enumerate(rules):
             first = next((numbers for numbers in calls if rules[numbers[0]] is rule), None)
@@ -74,7 +78,9 @@ class Ends:
             for k, source in zip(numbers, own, strict=True):
                 samples[k] = sum(layouts[j].rows for j in numbers)
                 sources[k] = source if known else _together(own)
-        return Ends(boundaries, layouts, rules, sources, calls, samples, beside)
+        return Ends(
+            boundaries, layouts, rules, sources, calls, samples, beside, _heads(boundaries, layouts, rules, calls)
+        )
 
     @property
     def one_size(self) -> bool:
@@ -93,6 +99,19 @@ class Ends:
             for b, a, r in zip(self.boundaries, self.layouts, self.rules, strict=True)
         )
         return "; ".join(names) + (", and terms beside" if self.beside and self.one_size else "")
+
+
+def _heads(
+    boundaries: Sequence[Boundary], layouts: Sequence[RowLayout], rules: Sequence[StepRule], calls: list[list[int]]
+) -> list[LayerHead | str | None]:
+    heads: list[LayerHead | str | None] = []
+    for numbers in calls:
+        rule, head = rules[numbers[0]], None
+        if rule.curvature.takes_head:
+            head = head_of([boundaries[k] for k in numbers], [layouts[k] for k in numbers])
+            rule.last_layer = f"{UNSEEN}{head}" if isinstance(head, str) else str(head)
+        heads.append(head)
+    return heads
 
 
 def _source(loss: Tensor, boundary: Boundary, layout: RowLayout, rule: StepRule) -> Source:

@@ -140,7 +140,10 @@ def _in_backward(
         arrived = upstream[k]
         known = None if look is None or arrived is None else (arrived, look)
         dtype = ends.boundaries[k].dtype
-        sender = StepInBackward(layout, rule, settings.reduction == "mean", hessians, known, dtype, seed, compiled)
+        head = ends.heads[k]  # each boundary has a rule of its own here
+        head = None if isinstance(head, str) else head
+        mean = settings.reduction == "mean"
+        sender = StepInBackward(layout, rule, mean, hessians, known, dtype, seed, compiled, head)
         if isinstance(source, ClosedForm):
             source.node.register_hook(sender.record_upstream)
         senders.append(sender)

@@ -16,6 +16,7 @@ from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._linalg.large_rows import nonzero_rows
 from newton_plugin._runtime.processes import Ranks
 from newton_plugin._runtime.transforms import readable
+from newton_plugin._step.heads import LayerHead
 from newton_plugin._step.rows import all_if_none
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
@@ -34,6 +35,7 @@ class LayerRows:
         live: the same, or all rows where none has one.
         hessians: their second derivatives.
         groups: rows of one sample.
+        head: the last layer below; None: it is not seen, or nobody looks.
     """
 
     rule: StepRule
@@ -42,6 +44,7 @@ class LayerRows:
     live: Tensor | int
     hessians: SampleHessians | None
     groups: int
+    head: LayerHead | None
 
 
 @dataclass
@@ -68,6 +71,7 @@ def rows_of_layer(
     hessians_of: Callable[[Tensor | None], SampleHessians | None],
     groups: int,
     many: bool,
+    head: LayerHead | None = None,
 ) -> LayerRows:
     """The rows as the rule takes them.
 
@@ -78,11 +82,12 @@ def rows_of_layer(
         hessians_of: from a factor (no dimensions; None: 1) to the samples' Hessians times that factor.
         groups: rows of one sample.
         many: whether several processes share the batch.
+        head: the last layer below; None: it is not seen, or the rule does not look.
     """
     counted = nonzero_rows(rows).sum()
     # An empty batch has no curvature; its empty gradient is its step. Other ranks may have samples.
     if not len(rows) and not many:
-        return LayerRows(rule, rows, counted, 1, None, groups)
+        return LayerRows(rule, rows, counted, 1, None, groups, head)
     live = all_if_none(counted, len(rows))
     if rows.dtype in HALF:  # the step is scaled before it is rounded to them
         streamed = rule.streams(rows) and not many  # ranks have one dtype, however large their parts are
@@ -94,7 +99,7 @@ def rows_of_layer(
     hessians = hessians_of(share)
     if many and not rule.streams(rows):  # what is named before a step is of the same numbers
         rows = rows.to(working_dtype(rows.device))
-    return LayerRows(rule, rows, counted, live, hessians, groups)
+    return LayerRows(rule, rows, counted, live, hessians, groups, head)
 
 
 def step_of_layer(layer: LayerRows, ranks: Ranks) -> LayerStep:
@@ -105,7 +110,7 @@ def step_of_layer(layer: LayerRows, ranks: Ranks) -> LayerStep:
     # A rank whose rows are all ignored counts as none in the mean over the ranks.
     live = layer.counted if ranks.many else layer.live
     assert isinstance(live, Tensor)
-    result = rule(rows, layer.hessians, ranks, layer.groups, live=live)
+    result = rule(rows, layer.hessians, ranks, layer.groups, live=live, head=layer.head)
     taken = result.finiteness.taken
     assert taken is not None
     # Where one member of a vmap cannot raise, NaN says it.

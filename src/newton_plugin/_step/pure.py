@@ -25,6 +25,7 @@ from newton_plugin._runtime.cuda_graphs import callers_state, in_callers_state
 from newton_plugin._runtime.processes import ONE_PROCESS
 from newton_plugin._runtime.transforms import exporting, is_refusal
 from newton_plugin._step.attach import attach_step, in_size
+from newton_plugin._step.heads import LayerHead
 from newton_plugin._step.one_layer import LayerStep, rows_of_layer, scaling_of_loss, step_of_layer
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.settings import RuleSettings
@@ -82,6 +83,7 @@ def pure_steps(
     states: Callable[[Differentiated], Sequence[RuleState]],
     settings: RuleSettings,
     remembered: bool = True,
+    head: LayerHead | None = None,
 ) -> PureSteps:
     """The steps at ``outputs``.
 
@@ -91,6 +93,7 @@ def pure_steps(
         states: gives the state of each output's rule, once the derivatives are known.
         settings: the rules.
         remembered: whether there will be another step after the states of this one.
+        head: the last layer below the only output; None: it is not seen.
 
     Raises:
         ShapeError: a loss of another shape; a state of outputs of another shape.
@@ -131,7 +134,7 @@ def pure_steps(
             held = [] if compiling or not remembered else attributes_of(rule)
             rows, hessians = layout.to_rows(derived.gradients[k]), derived.hessians[k]
             by_share = None if hessians is None else hessians.times
-            steps.append(_step_of_layer(rule, rows, scaling, by_share or (lambda _: None), layout.groups))
+            steps.append(_step_of_layer(rule, rows, scaling, by_share or (lambda _: None), layout.groups, head))
             check_attributes(held)
         size = _in_one_size(steps, layouts, rules)
         for name, layout, rule, state in zip(outputs, layouts, rules, before, strict=True):
@@ -189,10 +192,11 @@ def _step_of_layer(
     scaling: Scaling,
     hessians_of: Callable[[Tensor | None], SampleHessians | None],
     groups: int,
+    head: LayerHead | None,
 ) -> LayerStep:
     """:func:`step_of_layer`, where a class of a user's own may not be written for transforms."""
     try:
-        return step_of_layer(rows_of_layer(rule, rows, scaling, hessians_of, groups, False), ONE_PROCESS)
+        return step_of_layer(rows_of_layer(rule, rows, scaling, hessians_of, groups, False, head), ONE_PROCESS)
     except RuntimeError as error:
         if not is_refusal(error):
             raise

@@ -15,6 +15,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, NonFiniteErr
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks, finish_exchanges
 from newton_plugin._runtime.transforms import readable
+from newton_plugin._step.heads import LayerHead
 from newton_plugin._step.running_state import RunningState
 
 __all__ = ["OnNonfinite", "StepRule"]
@@ -37,6 +38,7 @@ class StepRule(RunningState):
         last: the last step; without its rows, where ``last.sizes`` says how large they were.
         last_gradient: its rows, where ``last.sizes`` does not say how large they were.
         last_weight: their weight, where the rows were streamed.
+        last_layer: what was seen of the last layer, for people; empty: the rule does not look.
         last_factor: what the last step was multiplied by before it was sent; None: by nothing.
         What is kept from step to step stands in :class:`RunningState`.
     """
@@ -47,6 +49,7 @@ class StepRule(RunningState):
     last_gradient: Tensor | None = None
     last_weight: Tensor | None = None
     last_factor: Tensor | None = None
+    last_layer: str = ""
     _reported: set[str] = field(default_factory=set)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,6 +93,7 @@ class StepRule(RunningState):
         weight: Tensor | None = None,
         live: Tensor | None = None,
         factor: Tensor | None = None,
+        head: LayerHead | None = None,
     ) -> CurvatureStep:
         """The curvature's step for these rows, judged.
 
@@ -102,13 +106,14 @@ class StepRule(RunningState):
             weight: of rows that are streamed; see :meth:`Curvature.step`.
             live: the number of rows that have a gradient, no dimensions; None: all.
             factor: by which the steps of rows that are streamed are multiplied; see :meth:`Curvature.step`.
+            head: the last layer below the boundary; None: it is not seen, or nobody looks.
         """
         self.settle()
         if not (torch.is_grad_enabled() or torch.is_autocast_enabled(gradient.device.type)):
             # A backward pass. To enter contexts costs as much as an operation.
-            return self._judged(gradient, hvp, ranks, groups, weight, live, factor)
+            return self._judged(gradient, hvp, ranks, groups, weight, live, factor, head)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            return self._judged(gradient, hvp, ranks, groups, weight, live, factor)
+            return self._judged(gradient, hvp, ranks, groups, weight, live, factor, head)
 
     def _judged(
         self,
@@ -119,6 +124,7 @@ class StepRule(RunningState):
         weight: Tensor | None,
         live: Tensor | None,
         factor: Tensor | None,
+        head: LayerHead | None,
     ) -> CurvatureStep:
         curvature = self.curvature
         more: dict[str, Any] = {}  # arguments beyond the first three
@@ -134,6 +140,8 @@ class StepRule(RunningState):
                 more["factor"] = factor
         if live is not None and curvature.takes_live:
             more["live"] = live
+        if head is not None and curvature.takes_head:
+            more["head"] = head.rows(gradient)
         if curvature.structure == "block":
             more["groups"] = groups
         result = curvature.step(gradient, hvp, self.damping, **more)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from newton_plugin._curvature.damping import Damping
+from newton_plugin._curvature.head_sums import HeadRows
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError
@@ -66,7 +67,11 @@ class RunningState:
         }
 
     def initial_state(
-        self, gradient: Tensor, groups: int = 1, hessians: SampleHessians | None = None
+        self,
+        gradient: Tensor,
+        groups: int = 1,
+        hessians: SampleHessians | None = None,
+        head: HeadRows | None = None,
     ) -> dict[str, Any]:
         """The running state before the first step, as :meth:`tensors` gives it after one.
 
@@ -74,12 +79,14 @@ class RunningState:
             gradient: rows like those of the steps; only shape, dtype and device matter.
             groups: rows of one sample.
             hessians: of a batch; see :meth:`Curvature.initial_state`.
+            head: the last layer of such a batch; None: it is not seen.
         """
         like = gradient.new_zeros(gradient.shape, dtype=working_dtype(gradient.device))
         # Of the rows, so that under vmap each member has its own.
         count = gradient.new_zeros((), dtype=torch.int64)
+        more = {"head": head} if self.curvature.takes_head else {}
         return {
-            "curvature": self.curvature.initial_state(like, self.damping, groups, hessians),
+            "curvature": self.curvature.initial_state(like, self.damping, groups, hessians, **more),
             "damping": self.damping.initial_state(like),
             "gain": {"last": like.new_zeros(())} if self.relative else {},
             "kept": count,
@@ -94,10 +101,10 @@ class RunningState:
         self._gradients_not_stepped, self._zero_hessians = state["kept"], state["zero"]
         self.explicit = True
 
-    def leaves(self, gradient: Tensor, groups: int) -> tuple[list[Tensor], TreeSpec]:
+    def leaves(self, gradient: Tensor, groups: int, head: HeadRows | None = None) -> tuple[list[Tensor], TreeSpec]:
         """The tensors of :meth:`tensors`, from :meth:`initial_state` where nothing has come yet; and their form."""
         if self._taken_over is None:
-            return tree_flatten(filled(self.initial_state(gradient, groups), self.tensors()))
+            return tree_flatten(filled(self.initial_state(gradient, groups, head=head), self.tensors()))
         return self._taken_over
 
     def take_over(self, leaves: list[Tensor], form: TreeSpec) -> None:

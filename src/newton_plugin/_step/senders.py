@@ -14,6 +14,7 @@ from newton_plugin._derivatives.autograd import Scaling
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._linalg.damped_inverse import HALF, working_dtype
 from newton_plugin._step.compiled import CompiledStep
+from newton_plugin._step.heads import LayerHead
 from newton_plugin._step.rows import live_rows
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.sharing import Sharing
@@ -82,6 +83,7 @@ class StepInBackward:
         own_upstream: what the loss alone sends to that operation, for a loss gradient of 1, and who knows whether
             others send there, too; None: nobody looks.
         dtype: of the outputs; None: that of the gradient that arrives.
+        head: the last layer below; None: it is not seen, or the rule does not look.
         seed: with which the pass goes on from the loss, whatever scale arrives there; None: with that scale.
     """
 
@@ -95,10 +97,12 @@ class StepInBackward:
         dtype: torch.dtype | None = None,
         seed: float | None = None,
         compiled: CompiledStep | None = None,
+        head: LayerHead | None = None,
     ) -> None:
         self._waits = True
         self._may_wait_again = self._passed = False
         self._compiled = compiled
+        self._head = head
         self._dtype = dtype
         self._seed = seed
         self._layout = layout
@@ -128,6 +132,7 @@ class StepInBackward:
         self._scale, self._may_wait_again = scale, self._seed is None and self._hessians is None
         self._make(gradient, scale)
         self._waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
+        self._head = None
 
     def _make(self, gradient: Tensor, scale: Tensor) -> None:
         """The step, from the gradient that arrives."""
@@ -139,7 +144,7 @@ class StepInBackward:
             and self._seed is None
             and arrived.dtype == self._dtype
         ):
-            sent = self._compiled(self._rule, arrived, scale, self._layout.groups)
+            sent = self._compiled(self._rule, arrived, scale, self._layout.groups, self._head)
             if sent is not None:
                 self._sent = sent
                 return
@@ -161,12 +166,14 @@ class StepInBackward:
             if factor is not None and seed is not None and factor.device.type == "cpu" and not bool(factor):
                 self._scale = torch.ones_like(scale)  # as of 1: a further pass could not divide by zero
                 factor = self._scale.to(factor) / seed
-            result = self._rule(arrived, hessians, groups=groups, weight=weight, live=live, factor=factor)
+            result = self._rule(
+                arrived, hessians, groups=groups, weight=weight, live=live, factor=factor, head=self._head
+            )
             sent = _if_taken(result, arrived, factor)
             self._sent = sent if self._dtype is None else sent.to(self._dtype)
         else:
             own = _unweighted(arrived, weight)
-            result = self._rule(own, hessians, groups=groups, live=live)
+            result = self._rule(own, hessians, groups=groups, live=live, head=self._head)
             taken = result.finiteness.taken
             assert taken is not None
             if factor is None and arrived.dtype not in HALF:

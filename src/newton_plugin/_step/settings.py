@@ -12,6 +12,7 @@ from newton_plugin._boundary.rows import check_feature_dims
 from newton_plugin._curvature.auto import AutoCurvature
 from newton_plugin._curvature.damping import AutoDamping, Damping, resolve_damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
+from newton_plugin._curvature.gated import GatedFisher
 from newton_plugin._curvature.hessian import Hessian
 from newton_plugin._curvature.protocol import STRUCTURES, Curvature, Structure, check_power
 from newton_plugin._curvature.soft_normalization import SoftNormalization
@@ -28,7 +29,7 @@ __all__ = ["CurvatureName", "Reduction", "RuleSettings", "StructureChoice", "Syn
 
 
 CurvatureName = Literal["fisher", "hessian", "norm", "auto"]
-StructureChoice = Literal["auto"] | Structure
+StructureChoice = Literal["auto", "gated"] | Structure
 Reduction = Literal["mean", "sum"]
 Sync = bool | Literal["lagged"]
 _CURVATURES = get_args(CurvatureName)
@@ -36,7 +37,7 @@ _CURVATURES = get_args(CurvatureName)
 
 def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Damping) -> Curvature:
     """A name or an instance, as an instance; see :class:`newton_plugin.LossHook` for structure "auto"."""
-    check_choice("structure", structure, ("auto", *STRUCTURES))
+    check_choice("structure", structure, ("auto", "gated", *STRUCTURES))
     power = check_power(power)
     if isinstance(curvature, str):
         check_choice("curvature", curvature, _CURVATURES)
@@ -47,6 +48,8 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
                     f"got {structure!r}. Leave it out, or take curvature='fisher'."
                 )
             return SoftNormalization()
+        if structure == "gated":
+            return _gated(curvature, power, damping)
         kind = {"fisher": EmpiricalFisher, "hessian": Hessian, "auto": AutoCurvature}[curvature]
         if structure == "auto":
             relative = kind is EmpiricalFisher and power == 1 and isinstance(damping, AutoDamping)
@@ -63,6 +66,16 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
         f"curvature must be one of {', '.join(map(repr, _CURVATURES))} or an instance such as npl.Hessian(); "
         f"got {curvature!r} of type {type(curvature).__name__}. A curvature of your own is a subclass of npl.Curvature."
     )
+
+
+def _gated(curvature: str, power: float, damping: Damping) -> GatedFisher:
+    if curvature != "fisher" or power != 1 or not isinstance(damping, AutoDamping):
+        raise ArgumentError(
+            "structure='gated' is a Fisher of power 1 with damping='auto'; got "
+            f"curvature={curvature!r}, power={power:g}, damping={damping!r}. Leave these at their defaults, or take "
+            "structure='isotropic'."
+        )
+    return GatedFisher()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from newton_plugin._boundary.rows import RowLayout, layout_of
 from newton_plugin._derivatives.sample_hessians import SampleHessians
 from newton_plugin._errors import ArgumentError, ShapeError, TransformError
 from newton_plugin._linalg.damped_inverse import working_dtype
+from newton_plugin._step.heads import LayerHead
 from newton_plugin._step.rule import StepRule
 from newton_plugin._step.running_state import filled
 from newton_plugin._step.settings import RuleSettings
@@ -60,7 +61,10 @@ def explicit_rule(settings: RuleSettings) -> StepRule:
 
 
 def initial_states(
-    outputs: Mapping[str, Tensor], settings: RuleSettings, hessians: Sequence[SampleHessians | None] | None = None
+    outputs: Mapping[str, Tensor],
+    settings: RuleSettings,
+    hessians: Sequence[SampleHessians | None] | None = None,
+    head: LayerHead | None = None,
 ) -> list[RuleState]:
     """The states of the rules before the first step of outputs in these shapes.
 
@@ -68,12 +72,14 @@ def initial_states(
         outputs: by name.
         settings: the rules.
         hessians: of each output, which may decide the form of its state; None: not known.
+        head: the last layer below the only output, which may do so, too; None: it is not seen.
     """
     states = []
     for k, y in enumerate(outputs.values()):
         layout, known = layout_in(y, settings), None if hessians is None else hessians[k]
         like = y.new_zeros((), dtype=working_dtype(y.device)).expand(layout.rows, layout.features)
-        states.append(as_tensors(explicit_rule(settings).initial_state(like, layout.groups, known), like))
+        seen = None if head is None else head.rows(like)
+        states.append(as_tensors(explicit_rule(settings).initial_state(like, layout.groups, known, seen), like))
     return states
 
 
