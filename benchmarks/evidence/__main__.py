@@ -4,6 +4,7 @@
     python -m benchmarks.evidence tune --table ranking          # hyper-parameters
     python -m benchmarks.evidence report --table ranking        # sixteen seeds of what tuning chose
     python -m benchmarks.evidence noretune --table no_harm      # sixteen seeds at the rate that tuning chose for plain
+    python -m benchmarks.evidence fresh --table no_harm         # the same on sixteen seeds that nobody has looked at
     python -m benchmarks.evidence time --table ranking          # milliseconds a step, on a quiet machine
     python -m benchmarks.evidence damping                       # accuracy over fixed dampings, validation data
     python -m benchmarks.evidence fixed --scale paper --data-dir DIR --device cuda --steps 3000 --problems neural_sort_5
@@ -39,13 +40,27 @@ from benchmarks.evidence.training.runs import Lines, Run
 from benchmarks.evidence.training.timing import append_times
 from benchmarks.evidence.training.train import train
 
+PLAIN_RATES = ("noretune", "fresh")  # every arm at the learning rate that tuning chose for plain
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=["search", "tune", "report", "noretune", "damping", "fixed", "time", "why", "fields", "tables"]
+        "what",
+        choices=[
+            "search",
+            "tune",
+            "report",
+            "noretune",
+            "fresh",
+            "damping",
+            "fixed",
+            "time",
+            "why",
+            "fields",
+            "tables",
+        ],
     )
     parser.add_argument("--table", help="the problems of one table: ranking, paths, no_harm, more, beyond")
     parser.add_argument("--problems", nargs="+", help="some problems by name")
@@ -90,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _lines(options: argparse.Namespace, problem: Problem) -> Lines:
     name = options.what if options.what in ("search", "damping") else problem.table
-    return Lines(options.out / f"{'noretune_' * (options.what == 'noretune')}{name}.jsonl")
+    return Lines(options.out / f"{f'{options.what}_' if options.what in PLAIN_RATES else ''}{name}.jsonl")
 
 
 def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -> Iterator[list[Run]]:
@@ -132,8 +147,8 @@ def _groups(options: argparse.Namespace, every: dict[str, Problem], data: str) -
 
 def _group(options: argparse.Namespace, problem: Problem, arm: str, data: str) -> list[Run]:
     done = Lines(options.out / f"{problem.table}.jsonl").by_run()
-    if options.what == "noretune":
-        return at_rate_of_plain(problem, arm, done, data, options.scale)
+    if options.what in PLAIN_RATES:
+        return at_rate_of_plain(problem, arm, done, data, options.scale, options.what == "fresh")
     sharp = plan.sharpness(problem, data, options.scale, done)
     if options.what == "tune":
         return plan.tuning_runs(problem, arm, sharp, data, options.scale)

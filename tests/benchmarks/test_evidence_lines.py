@@ -119,7 +119,7 @@ def test_from_tuning_to_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     text = table.read_text()
     assert table.name == "e_no_harm.md"
     assert "**Unfinished: 11 of 13 trainings of an arm on a problem have not been run.**" in text
-    assert "| isotropic | " in text
+    assert "| default: isotropic | " in text
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     assert "arms have [15, 16] of 16 seeds.**" in write_tables(tmp_path / "e", every)[0].read_text()
 
@@ -177,6 +177,6 @@ def test_the_summary_counts_what_is_significant(tmp_path: Path) -> None:
             wiggle = 0.1 * (k % 4) if arm != "Hessian" else (-1.0) ** k
             out.append(run, {"curve": [[1.0, 0.0, 50 + more + wiggle]] * 2, "finite": True, **made})
     text = summary_table(tmp_path / "e", ["no_harm"], problems())
-    assert "| isotropic | 1 | 1: linear, adam +3.0 | 0 |" in text
+    assert "| default: isotropic | 1 | 1: linear, adam +3.0 | 0 |" in text
     assert "| Fisher | 1 | 0 | 1: linear, adam -2.0 |" in text
     assert "| Hessian | 1 | 0 | 0 |" in text

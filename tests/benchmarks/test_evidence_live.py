@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,10 +130,10 @@ def test_a_run_is_an_ordinary_loop(arm: str, optimizer: str) -> None:
         assert float((p - first).detach().abs().max()) > 1e-3
 
 
-def test_the_hook_of_an_arm_comes_first() -> None:
-    own = npl.LossHook(damping=0.1)
-    arm: Any = SimpleNamespace(rule=None, newton=ARMS["isotropic"].newton, hook=lambda: own)
-    assert hook_of(arm, None) is own
+def test_an_arm_has_the_hook_of_its_curvature() -> None:
+    gated = hook_of(ARMS["gated"], None)  # whose rule is for stacks of replicas
+    assert isinstance(gated, npl.LossHook)
+    assert "GatedFisher(" in repr(gated)
     assert hook_of(ARMS[BASELINE], None) is None
     first, second = hook_of(ARMS["isotropic"], None), hook_of(ARMS["isotropic"], None)
     assert isinstance(first, npl.LossHook)
@@ -203,4 +202,4 @@ def test_from_tuning_to_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for done in (Lines(path).by_run(), Lines(other).by_run()):
         text = report_table("live", done, short)  # type: ignore[arg-type]
         assert "diabetes, squared error, adam" in text
-        assert "| isotropic | " in text
+        assert "| default: isotropic | " in text

@@ -99,10 +99,12 @@ def _close(stacked: list[Tensor], single: list[Tensor], r: int) -> None:
 def _double_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Networks._forward
     monkeypatch.setattr(Networks, "_forward", lambda self, x, batched: forward(self, x.double(), batched))
+    with_head = Networks.with_head
+    monkeypatch.setattr(Networks, "with_head", lambda self, x: with_head(self, x.double()))
 
 
 @pytest.mark.usefixtures("_double_inputs")
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [name for name, arm in ARMS.items() if arm.rule is None or arm.newton is not None])
 def test_replicas_are_what_they_are_alone(arm: str) -> None:
     runs = _runs("wrong_lists", arm)
     stacked = _weights("wrong_lists", arm, runs)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence.live tune       # six configurations of every arm, validation data
     python -m benchmarks.evidence.live report     # sixteen seeds of what tuning chose
+    python -m benchmarks.evidence.live fresh      # the same on sixteen seeds that nobody has looked at
     python -m benchmarks.evidence.live noretune   # sixteen seeds of every arm at the rate that tuning chose for plain
 
 Interrupt it and start it again as you like; ``--share 1/2`` and ``--share 2/2`` split the work over two processes.
@@ -28,7 +29,7 @@ RESULTS = Path(__file__).parent.parent.parent / "results" / "evidence"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tune", "report", "noretune"])
+    parser.add_argument("what", choices=["tune", "report", "noretune", "fresh"])
     parser.add_argument("--problems", nargs="+", choices=problems.LIVE, default=[*problems.LIVE], metavar="PROBLEM")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM")
     parser.add_argument("--share", default="1/1", help="i/k: the i-th of k processes")
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _train(problem: LiveProblem, arm: str, what: str, out: Path) -> None:
     """The runs of one arm on one problem that have no line yet."""
     table = Lines(out / f"{problem.table}.jsonl")
-    lines = Lines(out / f"noretune_{problem.table}.jsonl") if what == "noretune" else table
+    lines = Lines(out / f"{what}_{problem.table}.jsonl") if what in ("noretune", "fresh") else table
     known = {} if what == "tune" else table.by_run()
     try:
         runs = _runs(problem, arm, what, table)
@@ -61,8 +62,9 @@ def _train(problem: LiveProblem, arm: str, what: str, out: Path) -> None:
 def _runs(problem: LiveProblem, arm: str, what: str, table: Lines) -> list[Run]:
     if what == "tune":
         return tuning_runs(problem, arm)
-    make = report_runs if what == "report" else at_rate_of_plain
-    return make(problem, arm, table.by_run())
+    if what == "report":
+        return report_runs(problem, arm, table.by_run())
+    return at_rate_of_plain(problem, arm, table.by_run(), fresh=what == "fresh")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from benchmarks.evidence.live.problems import LiveProblem
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.training import plan
 from benchmarks.evidence.training.arms import ARMS, BASELINE
-from benchmarks.evidence.training.runs import TUNING_SEEDS, Run
+from benchmarks.evidence.training.runs import FRESH_SEEDS, TUNING_SEEDS, Run
 
 __all__ = ["at_rate_of_plain", "report_runs", "tuning_runs"]
 
@@ -33,7 +33,12 @@ def report_runs(problem: LiveProblem, arm: str, done: plan.Done) -> list[Run]:
 
 
 def at_rate_of_plain(
-    problem: Problem | LiveProblem, arm: str, tuned: plan.Done, data: str = "digits", scale: str = "cpu"
+    problem: Problem | LiveProblem,
+    arm: str,
+    tuned: plan.Done,
+    data: str = "digits",
+    scale: str = "cpu",
+    fresh: bool = False,
 ) -> list[Run]:
     """An arm on the report's seeds at the learning rate and sharpness that tuning chose for plain training.
 
@@ -43,6 +48,8 @@ def at_rate_of_plain(
     Args:
         problem: of ``live`` or of the registry.
         tuned: lines of the problem's table, with plain's tuning.
+        data, scale: of the runs.
+        fresh: on seeds that nobody has looked at, in place of the report's.
 
     Raises:
         LookupError: a tuning run of plain training has no line yet.
@@ -53,4 +60,5 @@ def at_rate_of_plain(
         best = plan.chosen(problem, BASELINE, plan.sharpness(problem, data, scale, tuned), data, scale, tuned)
     seconds = ARMS[arm].second
     middle = seconds[len(seconds) // 2] if seconds else None
-    return plan.report_runs(problem, replace(best, arm=arm, second=middle), data, scale)  # type: ignore[arg-type]
+    runs = plan.report_runs(problem, replace(best, arm=arm, second=middle), data, scale)  # type: ignore[arg-type]
+    return [replace(run, seed=seed) for run, seed in zip(runs, FRESH_SEEDS, strict=True)] if fresh else runs

@@ -89,7 +89,8 @@ class Gated(Rule):
         n = v.shape[1]
         body = (x <= 1).to(v.dtype)
         if self.gate == "random":
-            body = (torch.rand(x.shape, generator=self._generator, dtype=x.dtype) < body.mean(1, keepdim=True)).to(v)
+            drawn = torch.rand(1, n, 1, generator=self._generator, dtype=x.dtype)  # as a replica alone would draw
+            body = (drawn < body.mean(1, keepdim=True)).to(v)
         groups = torch.cat([body, 1 - body], -1).mT  # (R, 2, N)
         u = groups @ v / n
         q, self._q = self._q, self.running("q", u.sum(1, keepdim=True).square(), _METRIC_DECAY, bounded=True)

@@ -20,6 +20,10 @@ __all__ = ["TINY", "Batch", "Rule"]
 TINY = torch.finfo(torch.float64).tiny
 
 
+def _no_head() -> Tensor:
+    raise LookupError("nobody has said what the last layer is")
+
+
 @dataclass
 class Batch:
     """What a rule may look at.
@@ -38,7 +42,7 @@ class Batch:
     outputs: Tensor
     evaluate: Callable[[Tensor], Tensor]
     hessian: Callable[[], Tensor]
-    head: Callable[[], Tensor]
+    head: Callable[[], Tensor] = _no_head
 
     def squared(self) -> Tensor:
         """``|g_i|^2``, (R, N, 1)."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from benchmarks.evidence.problems.problem import Problem
-from benchmarks.evidence.training.arms import ARMS, BASELINE
+from benchmarks.evidence.training.arms import ARMS, BASELINE, shown
 from benchmarks.evidence.training.plan import Done
 from benchmarks.evidence.training.runs import Run
 
@@ -27,6 +27,7 @@ SHOWN = {
     "Fisher": ("#0072B2", "-"),
     "Hessian": ("#E69F00", "-."),
     "our rule": ("#D55E00", "-"),
+    "gated": ("#D55E00", "--"),
 }
 
 
@@ -49,7 +50,7 @@ def curves(path: Path, names: Sequence[str], every: Mapping[str, Problem], done:
             color, style = SHOWN[arm]
             for row, scale in [(0, 1.0), (1, times.get(name, {}).get(arm, 0) / 1000)][:rows]:
                 if scale:
-                    axes[row, column].plot(scale * steps, mean, style, color=color, label=arm)
+                    axes[row, column].plot(scale * steps, mean, style, color=color, label=shown(arm))
                     axes[row, column].fill_between(
                         scale * steps, mean - error, mean + error, color=color, alpha=0.2, lw=0
                     )

@@ -10,7 +10,7 @@ from benchmarks.evidence.live.problems import LiveProblem
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.tables.markdown import difference, lines, number, spread
 from benchmarks.evidence.tables.paired import Comparison, compare, holm
-from benchmarks.evidence.training.arms import ARMS, BASELINE, configurations
+from benchmarks.evidence.training.arms import ARMS, BASELINE, arms_of, configurations, shown
 from benchmarks.evidence.training.plan import Done, best_run
 from benchmarks.evidence.training.runs import REPORT_SEEDS, Run
 
@@ -76,8 +76,8 @@ class _Table:
     def unfinished(self) -> list[str]:
         """What is missing before the table is what the protocol says."""
         problems = [name for name, problem in self.every.items() if problem.table == self.table]
-        arms = {arm for _, arm in self.cells}
-        wanted = [(name, arm) for name in problems for arm in ARMS if arm in arms - {*self.every[name].without}]
+        arms = arms_of(arm for _, arm in self.cells)
+        wanted = [(name, arm) for name in problems for arm in arms if arm not in self.every[name].without]
         absent = [key for key in wanted if key not in self.cells]
         seeds = sorted({len(cell) for cell in self.cells.values()})
         found = [f"{len(absent)} of {len(wanted)} trainings of an arm on a problem have not been run"] * bool(absent)
@@ -132,8 +132,13 @@ def final_comparisons(
     return _Table(table, done, every).comparisons("final")
 
 
-def report_table(table: str, done: Done, every: Mapping[str, Problem]) -> str:
-    """Markdown: an overview of differences for each outcome, then every problem in full."""
+def report_table(table: str, done: Done, every: Mapping[str, Problem], source: str = "") -> str:
+    """Markdown: an overview of differences for each outcome, then every problem in full.
+
+    Args:
+        table, done, every: the group of problems, all lines, all problems.
+        source: the file of the lines, and what is said of it; empty: that of the table.
+    """
     t = _Table(table, done, every)
     rows = [row for cell in t.cells.values() for row in cell.values()]
     versions = sorted({f"newton_plugin {r['newton_plugin']} ({r['commit']}), torch {r['torch']}" for r in rows})
@@ -144,7 +149,7 @@ def report_table(table: str, done: Done, every: Mapping[str, Problem]) -> str:
         f"# Evidence: {table}"
         + "".join(f", images of {name}" for name in images)
         + "".join(f", {k} steps" for k in longer),
-        f"Made by `python -m benchmarks.evidence tables` from evidence/{table}.jsonl, by "
+        f"Made by `python -m benchmarks.evidence tables` from {source or f'evidence/{table}.jsonl'}, by "
         "[the protocol](../PROTOCOL.md). Test data, per cent; differences to plain, stable, paired by seed, with "
         "bootstrap 95 % intervals; bold: p < .05 after Holm over all comparisons of the outcome (exact sign flips)."
         f"{whole} {'; '.join(versions)}.",
@@ -170,7 +175,7 @@ def _overview(t: _Table, outcome: str) -> str:
     better = [sum(c.mean > 0 and p < 0.05 for (_, a), (c, p) in compared.items() if a == arm) for arm in arms]
     worse = [sum(c.mean < 0 and p < 0.05 for (_, a), (c, p) in compared.items() if a == arm) for arm in arms]
     rows.append(["significantly better / worse", "", *(f"{b} / {w}" for b, w in zip(better, worse, strict=True))])
-    return lines(["problem", BASELINE, *arms], rows)
+    return lines(["problem", BASELINE, *map(shown, arms)], rows)
 
 
 def _detail(t: _Table, name: str, compared: Mapping[tuple[str, str], tuple[Comparison, float]]) -> str:
@@ -185,7 +190,7 @@ def _detail(t: _Table, name: str, compared: Mapping[tuple[str, str], tuple[Compa
             tail = [difference(c, p), f"{c.p:.4f}", f"{p:.3f}", f"{c.wilcoxon:.4f}"]
         second = "" if run.second is None else f"; {number(run.second)}"
         chosen = f"{number(run.learning_rate)}{second}{edge}"
-        rows.append([arm, chosen, spread(values), str(len(values)), str(lost), *tail])
+        rows.append([shown(arm), chosen, spread(values), str(len(values)), str(lost), *tail])
     sharp = next(iter(t.run[name, arm].sharpness for arm in t.arms(name)))
     header = [
         "arm",

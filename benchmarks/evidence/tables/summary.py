@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.tables.markdown import lines
 from benchmarks.evidence.tables.report import final_comparisons
-from benchmarks.evidence.training.arms import ARMS
+from benchmarks.evidence.training.arms import ARMS, shown
 from benchmarks.evidence.training.runs import Lines
 
 __all__ = ["summary_table"]
@@ -29,7 +29,7 @@ def summary_table(out: Path, tables: Sequence[str], every: Mapping[str, Problem]
                 found = better if comparison.mean > 0 else worse
                 found.setdefault(arm, []).append((every[name].title, comparison.mean))
     rows = [
-        [arm, str(compared[arm]), _listed(better.get(arm, [])), _listed(worse.get(arm, []))]
+        [shown(arm), str(compared[arm]), _listed(better.get(arm, [])), _listed(worse.get(arm, []))]
         for arm in ARMS
         if arm in compared
     ]

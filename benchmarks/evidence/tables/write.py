@@ -8,6 +8,7 @@ get a file of lines and a report table of their own. A new kind of table is one 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
             names = [name for name in every if any(run.problem == name for run in done if run.purpose == "report")]
             written.append(out.with_name(f"{out.name}_{table}.png"))
             curves(written[-1], names, every, done, read_times(out / "times.jsonl"))
+    for what, table in itertools.product(("noretune", "fresh"), ("no_harm", "live")):
+        done = Lines(out / f"{what}_{table}.jsonl").by_run()
+        if done:
+            said = f"{out.name}/{what}_{table}.jsonl (every arm at the learning rate that tuning chose for plain)"
+            written.append(out.with_name(f"{out.name}_{what}_{table}.md"))
+            written[-1].write_text(report_table(table, done, every, said))
     if len(reported) > 1:
         written.append(out.with_name(f"{out.name}_summary.md"))
         written[-1].write_text(summary_table(out, reported, every))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,9 +14,11 @@ from benchmarks.evidence.rules.rule import Rule
 
 import newton_plugin as npl
 
-__all__ = ["ARMS", "BASELINE", "CANDIDATES", "Arm", "configurations"]
+__all__ = ["ARMS", "BASELINE", "CANDIDATES", "DEFAULT", "Arm", "arms_of", "configurations", "shown"]
 
 BASELINE = "plain, stable"
+DEFAULT = "isotropic"
+"""The arm that is the package's default."""
 RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 TWO_RATES = (5e-3, 2e-2)
 LOWER_RATES = (2e-4, 5e-4)  # for images of 28 x 28: plain training had its best rate at the edge
@@ -64,6 +66,19 @@ def _gated(gate: Literal["conflict"] | float = "conflict", size: Size = "signal"
     )
 
 
+GATED: dict[str, Arm] = {
+    "gated": _gated(),
+    "gated, norm": _gated(size="norm"),
+    "gated, newton": _gated(size="newton"),
+    "gated, plain size": _gated(size="plain"),
+    "gated, unbounded": _gated(most=math.inf),
+    "gate half open": _gated(gate=0.5),
+    "size alone": _gated(gate=0.0),
+    "gate inverted": Arm(rule=lambda: Gated("inverted")),
+    "groups at random": Arm(rule=lambda: Gated("random")),
+}
+"""The rule that looks at the last layer, and its controls (protocol, amendment 14)."""
+
 ARMS: dict[str, Arm] = {
     "plain, textbook": Arm(textbook=True),
     BASELINE: Arm(),
@@ -79,15 +94,7 @@ ARMS: dict[str, Arm] = {
     "Hessian, fixed": Arm(_fixed(npl.Hessian), second=DAMPINGS),
     "Hessian per sample": Arm(lambda _: (npl.Hessian("per_sample"), npl.AutoDamping())),
     "our rule": Arm(lambda _: (GeometricMean(), npl.AutoDamping())),
-    "gated": _gated(),
-    "gated, norm": _gated(size="norm"),
-    "gated, newton": _gated(size="newton"),
-    "gated, plain size": _gated(size="plain"),
-    "gated, unbounded": _gated(most=math.inf),
-    "gate half open": _gated(gate=0.5),
-    "size alone": _gated(gate=0.0),
-    "gate inverted": Arm(rule=lambda: Gated("inverted")),
-    "groups at random": Arm(rule=lambda: Gated("random")),
+    **GATED,
 }
 """The arms of the tables."""
 
@@ -105,3 +112,14 @@ def configurations(arm: Arm, optimizer: str, data: str = "digits") -> list[tuple
     if arm.second:
         return [(factor * rate, second) for rate in (*lower[1:], *TWO_RATES) for second in arm.second]
     return [(factor * rate, None) for rate in (*lower, *RATES)]
+
+
+def shown(arm: str) -> str:
+    """The name of an arm in tables."""
+    return f"default: {arm}" if arm == DEFAULT else arm
+
+
+def arms_of(seen: Iterable[str]) -> list[str]:
+    """The arms of a table in which these were seen: those of the gate have tables of their own."""
+    gated = not GATED.keys().isdisjoint(seen)
+    return [arm for arm in ARMS if arm in (BASELINE, DEFAULT, "isotropic") or (arm in GATED) == gated]

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["REPORT_SEEDS", "SEARCH_SEEDS", "TUNING_SEEDS", "Lines", "Purpose", "Run"]
+__all__ = ["FRESH_SEEDS", "REPORT_SEEDS", "SEARCH_SEEDS", "TUNING_SEEDS", "Lines", "Purpose", "Run"]
 
 Purpose = Literal["search", "tune", "report"]
 SEARCH_SEEDS = range(2000, 2008)
 TUNING_SEEDS = range(1000, 1003)
 REPORT_SEEDS = range(5000, 5016)
+FRESH_SEEDS = range(6000, 6016)  # for what was chosen after the report's had been looked at (protocol, 17)
 
 
 @dataclass(frozen=True)
