@@ -25,7 +25,7 @@ cross-validation, in four variants; where cleanlab is not installed it is left o
 
 Each family of scores chooses one variant for all problems, by the mean AUROC on validation seeds (2000 to 2003); the
 learning rate of a problem is plain's best on validation images, clean ones, over the same seeds. Seeds 5000 to 5007
-are reported. A training that is *gated* takes the dense twin of ``structure="gated"`` at the networks' outputs, which is
-the step of ``npl.LossHook`` for labels and lists (tested). For paths the hook would take its step before the last
-softplus, where the last layer ends.
+are reported. A training that is *gated* takes the dense twin of ``structure="gated"`` at the networks' outputs, as
+``npl.newton_loss`` does; for labels and lists that is the step of ``npl.LossHook`` too (tested). For paths the hook
+would step before the last softplus, where the last layer ends.
 """

@@ -13,7 +13,7 @@ from benchmarks.suspects.scores import areas
 from benchmarks.suspects.tasks import COUNT, DOSES, Data, Task
 from benchmarks.suspects.training import BATCH, EPOCHS, watched
 
-__all__ = ["RATES", "SEEDS", "TRAININGS", "Done", "best_rate", "complete", "dose_of", "runs_of"]
+__all__ = ["FOLDED", "RATES", "SEEDS", "TRAININGS", "Done", "best_rate", "complete", "dose_of", "runs_of"]
 
 RATES = (3e-3, 1e-2, 3e-2)
 SEEDS: dict[Purpose, range] = {"tune": range(2000, 2004), "report": range(5000, 5008)}

@@ -8,6 +8,7 @@ and its autograd graph is complete, so the step is taken there. In manual optimi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import warnings
@@ -80,7 +81,7 @@ class NewtonLosses(CallbackBase):
         *,
         curvature: Literal["fisher", "hessian", "norm", "auto"] | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal", "block"] = "auto",
+        structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal", "block", "gated"] = "auto",
         power: float = 1,
         reduction: Literal["mean", "sum"] = "mean",
         boundary: str | list[str] = "auto",
@@ -180,6 +181,8 @@ class NewtonLosses(CallbackBase):
         if not self._attached:
             # Not in our setup: the module's own setup and configure_model run later and may add layers.
             self.hook.attach(module)
+            with contextlib.suppress(ArgumentTypeError):  # a strategy's own, of which nothing is known
+                self.hook.set_optimizer(trainer.optimizers)
             self._attached = True
         self._log_now = self._logs_this_step(trainer)
         with self.hook.watch():

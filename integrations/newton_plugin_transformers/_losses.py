@@ -15,6 +15,7 @@ What the Trainer does with the loss, and what follows for the step:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 import weakref
@@ -81,7 +82,7 @@ class NewtonLosses(CallbackBase):
         label_smoothing: float = 0.0,
         curvature: Literal["fisher", "hessian", "norm", "auto"] | Curvature = "fisher",
         damping: float | Literal["auto"] | Damping = "auto",
-        structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal"] = "auto",
+        structure: Literal["auto", "mean", "per_sample", "isotropic", "diagonal", "gated"] = "auto",
         power: float = 1,
         feature_dims: int | list[int] | None = None,
         sync: bool | Literal["lagged"] = True,
@@ -159,7 +160,10 @@ class NewtonLosses(CallbackBase):
     @override
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Go on from the checkpoint that the Trainer resumes; begin anew with another model."""
-        model = kwargs.get("model")
+        model, optimizer = kwargs.get("model"), kwargs.get("optimizer")
+        if optimizer is not None:
+            with contextlib.suppress(ArgumentTypeError):  # a backend's own, of which nothing is known
+                self.hook.set_optimizer(optimizer)
         if model is not None and self._model is not None and self._model() is not model:
             self.load_state_dict(copy.deepcopy(self._initial_state))
         self._model = None if model is None else weakref.ref(model)

@@ -6,7 +6,6 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from benchmarks.suspects import confident as folds
 from benchmarks.suspects import runs as plan
 from benchmarks.suspects.contradiction import Contradiction
 from benchmarks.suspects.report import Row, chosen, report, verdict
-from benchmarks.suspects.runs import best_rate, complete, runs_of
+from benchmarks.suspects.runs import best_rate, complete
 from benchmarks.suspects.scores import auroc, in_windows, margin
-from benchmarks.suspects.tasks import TASKS, Data
+from benchmarks.suspects.tasks import TASKS
 from benchmarks.suspects.training import BATCH, fit, watched
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +34,8 @@ NAN = torch.nan
 def test_auroc_by_hand() -> None:
     # Pairs (wrong, right): .9 > .1, .9 > .5, .5 > .1, .5 = .5.
     assert auroc(torch.tensor([0.1, 0.9, 0.5, 0.5]), torch.tensor([False, True, True, False])) == 3.5 / 4
+    with pytest.raises(ValueError, match="no NaN; got 1"):  # a sample that was not seen
+        auroc(torch.tensor([NAN, 1.0]), torch.tensor([True, False]))
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
@@ -45,11 +46,6 @@ def test_auroc_is_scikit_learns(pairs: list[tuple[int, bool]]) -> None:
             auroc(score, wrong)
     else:
         assert auroc(score, wrong) == pytest.approx(roc_auc_score(wrong.numpy(), score.numpy()), abs=1e-12)
-
-
-def test_auroc_refuses_what_was_not_seen() -> None:
-    with pytest.raises(ValueError, match="no NaN; got 1"):
-        auroc(torch.tensor([NAN, 1.0]), torch.tensor([True, False]))
 
 
 def test_windows_by_hand() -> None:
@@ -79,10 +75,10 @@ def _contradictions(batches: Sequence[tuple[Tensor, Tensor]], decay: float) -> l
         s = float(np.average(sizes, weights=[0.9 ** (len(sizes) - 1 - k) for k in range(len(sizes))]))
         scaled = v / s**0.5
         if len(sizes) == len(batches):
-            q = sum(0.99 ** (len(metrics) - k) * m for k, m in enumerate(metrics))
-            q = q / sum(0.99 ** (len(metrics) - k) for k in range(len(metrics)))
+            weights = torch.tensor([0.99 ** (len(metrics) - k) for k in range(len(metrics))], dtype=torch.float64)
+            q = weights @ torch.stack(metrics) / weights.sum()
             d = (q + 1e-3 * q.mean()) ** -0.5
-            u = sum(decay ** (len(bodies) - k) * b for k, b in enumerate(bodies))
+            u = torch.stack([decay ** (len(bodies) - k) * b for k, b in enumerate(bodies)]).sum(0)
             return [-float((row * d * u).sum() / ((row * d * row).sum() * (u * d * u).sum()).sqrt()) for row in scaled]
         metrics.append(scaled.mean(0).square())
         body = [row for row, own in zip(scaled, g, strict=True) if float(own.square().sum()) <= s]
@@ -138,48 +134,43 @@ def test_sets_have_their_dose_and_it_is_nested(name: str) -> None:
     assert not (low.wrong & ~high.wrong).any()
     clean = TASKS[name].draw(0, 7, 200)
     assert not clean.wrong.any()
-    differs = (
-        (high.targets != clean.targets).flatten(1).any(1) if high.targets.ndim > 1 else (high.targets != clean.targets)
-    )
-    assert torch.equal(differs, high.wrong)
+    assert torch.equal((high.targets != clean.targets).reshape(200, -1).any(1), high.wrong)
     # An order of five is right by chance once in 120 draws.
     assert 17 <= int(low.wrong.sum()) <= 20
     assert 55 <= int(high.wrong.sum()) <= 60
 
 
-@pytest.mark.parametrize("name", ["labels", "lists", "for_l2"])
-def test_a_replica_is_what_an_ordinary_loop_trains(name: str) -> None:
-    _compare(name, gated=False)
-
-
-@pytest.mark.parametrize("name", ["labels", "lists"])
-def test_a_gated_replica_is_what_an_ordinary_loop_with_the_hook_trains(name: str) -> None:
-    _compare(name, gated=True)
-
-
-def _compare(name: str, gated: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "door"),
+    [("labels", None), ("for_l2", None), ("labels", "hook"), ("lists", "hook"), ("for_l2", "loss")],
+)
+def test_a_replica_is_what_an_ordinary_loop_trains(name: str, door: str | None) -> None:
+    """Plain, with the package's hook, and for paths with its loss: see the benchmark's docstring."""
     task, epochs, rate = TASKS[name], 4, 1e-2
     data = [task.draw(30, seed, 160) for seed in (1, 2)]
-    networks = fit(task, data, [1, 2], [rate, rate], gated, epochs=epochs)
+    networks = fit(task, data, [1, 2], [rate, rate], door is not None, epochs=epochs)
     torch.manual_seed(2)
     network = task.problem.network()
     optimizer = torch.optim.Adam(network.parameters(), rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * 5)
     rows = task.problem.loss(task.sharpness, [2], False)
-    hook = npl.LossHook(structure="gated") if gated else None
+    hook = npl.LossHook(structure="gated") if door == "hook" else None
+
+    def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
+        return rows(outputs, targets).mean()
+
+    loss_fn = npl.newton_loss(loss_of, structure="gated") if door == "loss" else loss_of
     generator = torch.Generator().manual_seed(2)
     for _ in range(epochs):
         for index in torch.randperm(160, generator=generator).split(BATCH):
             optimizer.zero_grad()
-            loss = rows(network(data[1].inputs[index]), data[1].targets[index]).mean()
+            loss = loss_fn(network(data[1].inputs[index]), data[1].targets[index])
             (loss if hook is None else hook(loss)).backward()
             optimizer.step()
             schedule.step()
-    if hook is not None:
-        assert hook.diagnostics()["fallbacks"] == 0
     for ours, theirs in zip(networks.parameters, network.parameters(), strict=True):
         if theirs.numel() > 1:  # the last bias moves no order: Adam makes steps of its rounding
-            torch.testing.assert_close(ours[1], theirs, rtol=2e-3, atol=2e-4)
+            torch.testing.assert_close(ours[1], theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_every_sample_has_every_score_and_the_losses_are_those_of_the_batches() -> None:
@@ -188,7 +179,7 @@ def test_every_sample_has_every_score_and_the_losses_are_those_of_the_batches() 
     assert len(scores[0]) == 18 + 4 * 4
     # What precedes the first batch is nothing; every other mean has a visit of every sample.
     finite = {name: bool(value.isfinite().all()) for name, value in scores[1].items()}
-    assert all(known or name.startswith("contradiction") and "first half" in name for name, known in finite.items())
+    assert all(known or (name.startswith("contradiction") and "first half" in name) for name, known in finite.items())
     torch.manual_seed(2)
     first = torch.randperm(96, generator=torch.Generator().manual_seed(2))[:BATCH]
     network = task.problem.network()
@@ -244,7 +235,7 @@ def test_confident_learning_asks_cleanlab_for_every_method(monkeypatch: pytest.M
 
 def _instead(task: Any, arm: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Results that follow from the run: the larger rate is better, the loss finds more than the contradiction."""
-    results = []
+    results: list[dict[str, Any]] = []
     for run in runs:
         shift = run.seed % 7 / 100
         areas = {
@@ -296,8 +287,7 @@ def test_the_page_chooses_on_validation_seeds_and_says_who_wins(
     assert "| loss: all epochs | 0 | 6 | 0 |" in page
     assert "| loss: last | 6 | 0 | 0 |" in page
     assert "**does not ship**" in page.splitlines()[-1]
-    assert "*loss: all epochs* (better in 0 rows, worse in 6)" in page.splitlines()[-1]
-    assert "*loss: last*" not in page.splitlines()[-1]
+    assert page.endswith("against *loss: all epochs* (better in 0 rows, worse in 6).\n")
 
 
 def test_a_choice_never_looks_at_the_seeds_of_the_report() -> None:
@@ -313,10 +303,3 @@ def test_a_choice_never_looks_at_the_seeds_of_the_report() -> None:
 def test_it_ships_only_if_it_wins_against_every_peer() -> None:
     assert "**ships**" in verdict({"a": (3, 2, 5), "b": (1, 0, 9)})
     assert "**does not ship**" in verdict({"a": (3, 2, 5), "b": (1, 1, 8)})
-
-
-def test_runs_of_one_task_share_all_but_dose_seed_and_rate() -> None:
-    runs = runs_of(TASKS["lists"], "plain", [1e-2], "report")
-    assert len(set(runs)) == 24
-    assert len({replace(run, problem="", seed=0) for run in runs}) == 1
-    assert isinstance(TASKS["lists"].draw(5, 1, 20), Data)

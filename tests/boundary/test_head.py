@@ -402,8 +402,23 @@ def test_what_made_the_outputs_is_named_where_it_is_no_linear_layer() -> None:
     assert "neither factor" in reason(torch.bmm(hidden(data(6, 3, 5)), hidden(data(6, 3, 5)).mT))
     assert "several weights" in reason(torch.bmm(data(6, 3, 5), nn.Parameter(data(6, 5, 4))))
     assert "left factor" in reason(torch.bmm(nn.Parameter(data(6, 3, 5)), data(6, 5, 4)))
-    assert "no outputs" in reason(layer(x[:0]))
+    assert "no outputs" in reason(y[:, :0])
     assert "transpos" in reason(seeded(nn.ConvTranspose1d(2, 3, 3))(data(2, 2, 6)))
+
+
+def test_a_process_without_samples_knows_the_widths() -> None:
+    """Others may have some, and their sums have to fit together."""
+    for layer, x in (
+        (nn.Linear(5, 4), data(0, 5)),
+        (nn.Linear(5, 1), data(0, 3, 5)),
+        (nn.Conv1d(2, 3, 3), data(0, 2, 6)),
+    ):
+        y = seeded(layer)(hidden(x))
+        head = found(y)
+        width = layer.weight[0].numel()
+        assert head.inputs.shape == (0, 1, width)
+        rows = torch.zeros(0, y[:0].flatten(1).shape[1] if y.ndim > 1 else 1, dtype=y.dtype)
+        assert head.gradients(rows).shape == (0, 1, len(layer.weight))
 
 
 def test_recurrent_layers_are_named() -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tests.distributed import collectives, lagged
+from tests.distributed import collectives, gated, lagged
 from tests.distributed.scenarios import SCENARIOS
 
-assert collectives, lagged  # they add to the scenarios
+assert all((collectives, gated, lagged))  # they add to the scenarios
 
 
 def main(out: Path, names: list[str]) -> None:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.distributed import collectives, lagged
+from tests.distributed import collectives, gated, lagged
 from tests.distributed.scenarios import SCENARIOS
 
-assert collectives, lagged  # they add to the scenarios
+assert all((collectives, gated, lagged))  # they add to the scenarios
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -32,7 +32,7 @@ ARGUMENTS = [
     (
         {"structure": "diag"},
         ValueError,
-        r"structure must be one of 'auto', 'mean', .*, 'block'; got 'diag'",
+        r"structure must be one of 'auto', 'mean', .*, 'block', 'gated'; got 'diag'",
     ),
     ({"power": 2}, ValueError, r"power must be one of 1.0, 0.5; got 2.0"),
     ({"power": "1"}, ValueError, r"power must be one of 1.0, 0.5; got '1'"),

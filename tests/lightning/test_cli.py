@@ -100,7 +100,7 @@ def test_help_of_the_callback(in_process: InProcess) -> None:
     assert status == 0
     words = " ".join(text.split())
     assert "Trains with Newton Losses" in words
-    assert "{auto,mean,per_sample,isotropic,diagonal,block}" in words
+    assert "{auto,mean,per_sample,isotropic,diagonal,block,gated}" in words
     assert '"auto" needs no tuning: it is relative to C.' in words
     for name in ("curvature", "damping", "structure", "power", "reduction", "boundary", "feature_dims", "start_step"):
         # older jsonargparse writes .init_args. in between

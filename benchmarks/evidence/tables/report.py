@@ -10,7 +10,7 @@ from benchmarks.evidence.live.problems import LiveProblem
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.tables.markdown import difference, lines, number, spread
 from benchmarks.evidence.tables.paired import Comparison, compare, holm
-from benchmarks.evidence.training.arms import ARMS, BASELINE, arms_of, configurations, shown
+from benchmarks.evidence.training.arms import ARMS, BASELINE, COMPOSED, arms_of, configurations, shown
 from benchmarks.evidence.training.plan import Done, best_run
 from benchmarks.evidence.training.runs import REPORT_SEEDS, Run
 
@@ -52,26 +52,38 @@ class _Table:
                 self.cells.setdefault((run.problem, run.arm), {})[run.seed] = row
                 self.run[run.problem, run.arm] = run
         self.names = [name for name in self.names if (name, BASELINE) in self.cells]
+        for arm, sources in COMPOSED.items():
+            for name in self.names:
+                source = name, sources[every[name].optimizer]
+                if source in self.cells:
+                    self.cells[name, arm], self.run[name, arm] = self.cells[source], self.run[source]
 
     def arms(self, name: str) -> list[str]:
-        return [arm for arm in ARMS if (name, arm) in self.cells]
+        return [arm for arm in (*ARMS, *COMPOSED) if (name, arm) in self.cells]
 
     def values(self, name: str, arm: str, outcome: str) -> dict[int, float]:
         read = OUTCOMES[outcome]
         return {s: read(row) if row["finite"] else 0.0 for s, row in sorted(self.cells[name, arm].items())}
 
     def comparisons(self, outcome: str) -> dict[tuple[str, str], tuple[Comparison, float]]:
-        """Every arm against the baseline, with Holm's p over all of them."""
+        """Every arm against the baseline, with Holm's p over all of them; rows of a composed arm count once."""
         found: dict[tuple[str, str], Comparison] = {}
         for name in self.names:
             base = self.values(name, BASELINE, outcome)
             for arm in self.arms(name):
                 ours = self.values(name, arm, outcome)
                 both = sorted(ours.keys() & base.keys())
-                if arm != BASELINE and len(both) > 1:
+                if arm not in (BASELINE, *COMPOSED) and len(both) > 1:
                     found[name, arm] = compare([ours[s] for s in both], [base[s] for s in both])
         corrected = holm([c.p for c in found.values()])
-        return {key: (c, p) for (key, c), p in zip(found.items(), corrected, strict=True)}
+        done = {key: (c, p) for (key, c), p in zip(found.items(), corrected, strict=True)}
+        same = (
+            (name, arm, (name, self.run[name, arm].arm))
+            for name in self.names
+            for arm in COMPOSED
+            if (name, arm) in self.run
+        )
+        return done | {(name, arm): done[source] for name, arm, source in same if source in done}
 
     def unfinished(self) -> list[str]:
         """What is missing before the table is what the protocol says."""
@@ -87,7 +99,7 @@ class _Table:
     def at_edge(self, name: str, arm: str) -> bool:
         """Whether a chosen number is the first or last of its grid."""
         run = self.run[name, arm]
-        grid = _grid(self.every[name], arm, run.data)
+        grid = _grid(self.every[name], run.arm, run.data)
         rates = sorted({rate for rate, _ in grid})
         seconds = sorted({second for _, second in grid if second is not None})
         return run.learning_rate in (rates[0], rates[-1]) or run.second in (*seconds[:1], *seconds[-1:])
@@ -166,7 +178,7 @@ def report_table(table: str, done: Done, every: Mapping[str, Problem], source: s
 
 def _overview(t: _Table, outcome: str) -> str:
     compared = t.comparisons(outcome)
-    arms = [arm for arm in ARMS if arm != BASELINE and any(arm in t.arms(name) for name in t.names)]
+    arms = [arm for arm in (*ARMS, *COMPOSED) if arm != BASELINE and any(arm in t.arms(name) for name in t.names)]
     rows = []
     for name in t.names:
         base = spread(list(t.values(name, BASELINE, outcome).values()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.evidence.problems.problem import Problem
 from benchmarks.evidence.tables.markdown import lines
 from benchmarks.evidence.tables.report import final_comparisons
-from benchmarks.evidence.training.arms import ARMS, shown
+from benchmarks.evidence.training.arms import ARMS, COMPOSED, shown
 from benchmarks.evidence.training.runs import Lines
 
 __all__ = ["summary_table"]
@@ -21,8 +21,8 @@ def summary_table(out: Path, tables: Sequence[str], every: Mapping[str, Problem]
     better: dict[str, Found] = {}
     worse: dict[str, Found] = {}
     compared: dict[str, int] = {}
-    for table in tables:
-        done = Lines(out / f"{table}.jsonl").by_run()
+    for file in tables:
+        done, table = Lines(out / f"{file}.jsonl").by_run(), file.removeprefix("noretune_").removeprefix("fresh_")
         for (name, arm), (comparison, corrected) in final_comparisons(table, done, every).items():
             compared[arm] = compared.get(arm, 0) + 1
             if corrected < 0.05:
@@ -30,7 +30,7 @@ def summary_table(out: Path, tables: Sequence[str], every: Mapping[str, Problem]
                 found.setdefault(arm, []).append((every[name].title, comparison.mean))
     rows = [
         [shown(arm), str(compared[arm]), _listed(better.get(arm, [])), _listed(worse.get(arm, []))]
-        for arm in ARMS
+        for arm in (*ARMS, *COMPOSED)
         if arm in compared
     ]
     return (

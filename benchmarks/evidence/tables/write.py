@@ -57,13 +57,18 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
         if any(run.purpose == "report" for run in done):
             reported.append(table)
             written.append(out.with_name(f"{out.name}_{table}.md"))
-            written[-1].write_text(report_table(table, done, every) + _shortcuts(table, every) + found_lists(done))
+            written[-1].write_text(
+                report_table(table, done, every, f"{out.name}/{table}.jsonl")
+                + _shortcuts(table, every)
+                + found_lists(done)
+            )
             names = [name for name in every if any(run.problem == name for run in done if run.purpose == "report")]
             written.append(out.with_name(f"{out.name}_{table}.png"))
             curves(written[-1], names, every, done, read_times(out / "times.jsonl"))
     for what, table in itertools.product(("noretune", "fresh"), ("no_harm", "live")):
         done = Lines(out / f"{what}_{table}.jsonl").by_run()
         if done:
+            reported.append(f"{what}_{table}")
             said = f"{out.name}/{what}_{table}.jsonl (every arm at the learning rate that tuning chose for plain)"
             written.append(out.with_name(f"{out.name}_{what}_{table}.md"))
             written[-1].write_text(report_table(table, done, every, said))

@@ -14,7 +14,7 @@ from benchmarks.evidence.rules.rule import Rule
 
 import newton_plugin as npl
 
-__all__ = ["ARMS", "BASELINE", "CANDIDATES", "DEFAULT", "Arm", "arms_of", "configurations", "shown"]
+__all__ = ["ARMS", "BASELINE", "CANDIDATES", "COMPOSED", "DEFAULT", "Arm", "arms_of", "configurations", "shown"]
 
 BASELINE = "plain, stable"
 DEFAULT = "isotropic"
@@ -97,6 +97,9 @@ ARMS: dict[str, Arm] = {
     **GATED,
 }
 """The arms of the tables."""
+
+COMPOSED = {"gated by optimizer": {"adam": "gated", "sgd": "gated, plain size"}}
+"""What a door does that knows the optimizer: of each problem the rows of another arm (protocol, amendment 17)."""
 
 CANDIDATES: dict[str, Arm] = {
     **{name: Arm(rule=rule) for name, rule in RULES.items()},

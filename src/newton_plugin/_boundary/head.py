@@ -130,6 +130,8 @@ class Head:
             )
         shape = (self._layout.rows, self._places.positions, self.features)
         gradient = rows.detach()
+        if not self._layout.rows:
+            return gradient.new_empty(shape)
         if self._path.only_moves and self._places.view is not None:
             sizes, strides = self._places.view
             gradient = gradient.to(self.inputs.device).contiguous().as_strided(sizes, strides)
@@ -156,11 +158,14 @@ def find_head(edge: Edge, layout: RowLayout) -> Head | str:
     Returns:
         The layer; or a string, why there is none, in plain English.
     """
-    if not layout.rows or not layout.features:
+    if not layout.features:
         return "there are no outputs"
     path = _walk(edge)
     if isinstance(path, str):
         return path
+    if not layout.rows:  # other processes may have samples, and have to know the layer's widths
+        none = path.layer.inputs.reshape(0, 1, path.layer.inputs.shape[-1])
+        return Head(none, path.layer.features, layout, edge_metadata(edge).dtype, path, Places(1, None, None))
     layer, device = path.layer, path.layer.inputs.device
     places = find_places(layout, path.moves, layer.by_position, device, (layout, path.key, layer.channel, device))
     if isinstance(places, str):

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from newton_plugin._curvature.running_mean import RunningMean, without_empty
-from newton_plugin._errors import check_range
+from newton_plugin._errors import ArgumentError, check_positive, check_range
 
 __all__ = ["GradientConflict", "Reading"]
 
 _METRIC_DECAY = 0.99
 _GROWTH = 10.0  # most that one batch may count for in the metric
 _FLOOR = 1e-3  # of the metric's mean, below which no number counts for more
+_LEAST = 1e-5  # of decay^wait: later the count of a running mean does not tell one batch from the next
 
 
 class Reading(NamedTuple):
@@ -57,11 +58,14 @@ class GradientConflict:
     The constants were fixed before the runs that the evidence reports (``benchmarks/PROTOCOL.md``).
 
     Args:
-        decay: of the running means of inner products, in [0, 1).
+        decay: of the running means of inner products, in (0, 1).
         errors: standard errors that are taken from the mean inner product before it counts; not negative.
         factor: p over the contradiction; positive.
-        wait: batches before anything is evened out.
-        signal_decay: of the running means that tell the share of signal, in [0, 1).
+        wait: batches with inner products before anything is evened out; the first batch has none.
+        signal_decay: of the running means that tell the share of signal, in (0, 1).
+
+    Raises:
+        ArgumentError: a value outside of these ranges; a ``wait`` so long that ``decay^wait < 1e-5``.
     """
 
     def __init__(
@@ -72,11 +76,11 @@ class GradientConflict:
         wait: int = 10,
         signal_decay: float = 0.998,
     ) -> None:
-        self.decay = check_range("decay", decay, 0, 1)
+        self.decay = _checked_decay("decay", decay)
         self.errors = check_range("errors", errors, 0, math.inf)
-        self.factor = check_range("factor", factor, 0, math.inf)
-        self.wait = check_range("wait", wait, 0, math.inf)
-        self.signal_decay = check_range("signal_decay", signal_decay, 0, 1)
+        self.factor = check_positive("factor", factor)
+        self.wait = _checked_wait(wait, self.decay)
+        self.signal_decay = _checked_decay("signal_decay", signal_decay)
         self._metric = RunningMean()
         self._means = RunningMean()
         self._signal = RunningMean()
@@ -86,7 +90,7 @@ class GradientConflict:
         return f"GradientConflict({', '.join(f'{name}={getattr(self, name):g}' for name in names)})"
 
     def metric(self, like: Tensor) -> Tensor:
-        """D, (D,), from the batches before this one; NaN where there was none: that batch counts for nothing.
+        """D, (D,), from the batches before this one; not finite where none had a gradient: this one counts for nothing.
 
         Args:
             like: (D,), in the working dtype.
@@ -94,9 +98,7 @@ class GradientConflict:
         q = self._metric.last(like)
         if q is None:
             return torch.full_like(like, torch.nan)
-        return torch.where(
-            self._metric.count > 0, q + (_FLOOR * q.mean() + torch.finfo(q.dtype).tiny), torch.nan
-        ).rsqrt()
+        return torch.add(q, q.mean(), alpha=_FLOOR).rsqrt()
 
     def update(self, sums: Tensor, squares: Tensor, metric: Tensor, samples: Tensor) -> Reading:
         """Take in one batch of all ranks.
@@ -123,21 +125,22 @@ class GradientConflict:
     def _read(self, means: Tensor, whole: Tensor) -> Reading:
         tiny = torch.finfo(means.dtype).tiny
         c, squared = means[0], means[1]
-        error = ((squared - c.square()).clamp_min(0) * self._spread()).sqrt()
+        error = (torch.addcmul(squared, c, c, value=-1).clamp_min(0) * self._spread()).sqrt()
         positive = means[2:].clamp_min(0)
-        lengths = positive[:2] + positive[2:] / 10
-        kappa = (-c - self.errors * error).clamp_min(0) / (lengths.prod().sqrt() + tiny)
+        lengths = torch.add(positive[:2], positive[2:], alpha=0.1)
+        against = torch.add(c, error, alpha=self.errors).clamp_max(0).abs()
+        kappa = against / (lengths.prod().sqrt() + tiny)
         # A mean over t batches counts as (1 - decay^t) / (1 - decay).
-        waited = self._means.count > (1 - self.decay**self.wait) / (1 - self.decay) + 1e-6
-        opened = torch.where(waited, (self.factor * kappa).clamp_max(1), 0.0)
-        share = whole[0] / whole[1].clamp_min(tiny)
-        return Reading(opened, kappa, torch.where(whole[1] > 0, share.clamp(0, 1), 0.5))
+        waited = self._means.count > (1 - self.decay ** (self.wait + 0.5)) / (1 - self.decay)
+        opened = (self.factor * kappa).clamp_max(1) * waited
+        share = whole[0] / whole[1]  # 0 / 0 where nothing has come yet
+        return Reading(opened, kappa, share.clamp(0, 1).nan_to_num(0.5))
 
     def _spread(self) -> Tensor:
         """The variance of a running mean over that of its values: sum w^2 / (sum w)^2 of its weights w."""
-        r, count = self.decay, self._means.count
-        left = 1 - (1 - r) * count  # r^t
-        return (1 - left.square()) / ((1 - r**2) * count.square()).clamp_min(torch.finfo(count.dtype).tiny)
+        # (1 - r^2t) / ((1 - r^2) count^2), with r^t = 1 - (1 - r) count.
+        r, count = self.decay, self._means.count.clamp_min(1)
+        return torch.rsub(count, 2 / (1 + r), alpha=(1 - r) / (1 + r)) / count
 
     def initial_state(self, size: int, like: Tensor) -> dict[str, Any]:
         """The state before the first batch, in the form of :meth:`state_dict` after it.
@@ -158,3 +161,21 @@ class GradientConflict:
         """Restore what :meth:`state_dict` gave."""
         for name, mean in (("metric", self._metric), ("means", self._means), ("signal", self._signal)):
             mean.load_state_dict(state.get(name, {}))
+
+
+def _checked_decay(name: str, value: float) -> float:
+    value = check_range(name, value, 0, 1)
+    if not value:
+        raise ArgumentError(f"{name} must be above 0; got {value:g}. One batch alone tells no contradiction.")
+    return value
+
+
+def _checked_wait(wait: float, decay: float) -> float:
+    wait = check_range("wait", wait, 0, math.inf)
+    longest = int(math.log(_LEAST) / math.log(decay))
+    if wait > longest:
+        raise ArgumentError(
+            f"wait must be at most {longest} batches with decay={decay:g}, whose running mean forgets how many there "
+            f"were; got {wait:g}. Take a decay nearer to 1, or a shorter wait."
+        )
+    return wait

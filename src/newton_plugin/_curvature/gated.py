@@ -21,6 +21,7 @@ size        z                             a step changes by
 "norm"      1                             1: batches of equal length
 "signal"    ``(log z)' = e (log s)'``     between a and 1: ``e = 1 - 2 rho`` in [0, 1/2], rho the share of signal
 "plain"     ``s^1/2``                     a: that of the gradient; no batch is bounded
+"auto"                                    "plain" with SGD, which remembers no gradients, else "signal"
 ==========  ============================  =========================================================================
 """
 
@@ -50,7 +51,7 @@ from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
 __all__ = ["GatedFisher", "LengthUnit", "Size"]
 
-Size = Literal["newton", "norm", "signal", "plain"]
+Size = Literal["auto", "signal", "norm", "newton", "plain"]
 LengthUnit = Literal["gradient", "newton"]
 _MOST = 9.0  # the square of how many times the running size one batch may count for
 
@@ -67,7 +68,8 @@ class GatedFisher(Curvature):
     Args:
         gate: "conflict"; an instance of :class:`GradientConflict`, for its constants; or a number in [0, 1], the share
             p by which samples are always evened out: 0 never, 1 as ``EmpiricalFisher("isotropic")`` does.
-        size: "newton", "norm", "signal" or "plain": how the length of a batch follows that of its gradient.
+        size: how the length of a batch follows that of its gradient: "signal", "norm", "newton", "plain"; "auto" is
+            "plain" where a door knows that the optimizer remembers no gradients (SGD), else "signal".
         most: no sample counts for more than that many times ``mean |g|^2``; infinite: none is bounded.
         length: "gradient": the first twenty steps are as long as their gradients, and the factor between them stays.
             "newton": the units of ``(C + damping I)^-1 g``.
@@ -83,7 +85,7 @@ class GatedFisher(Curvature):
     def __init__(
         self,
         gate: Literal["conflict"] | float | GradientConflict = "conflict",
-        size: Size = "signal",
+        size: Size = "auto",
         length: LengthUnit = "gradient",
         most: float = 2.0,
     ) -> None:
@@ -99,6 +101,13 @@ class GatedFisher(Curvature):
 
     def __repr__(self) -> str:
         return f"GatedFisher(gate={self.gate!r}, size={self.size!r}, length={self.length!r}, most={self.most:g})"
+
+    @property
+    def _size(self) -> str:
+        """The size in force."""
+        if self.size != "auto":
+            return self.size
+        return "plain" if self.memoryless else "signal"
 
     def streams(self, gradient: Tensor) -> bool:
         """See :meth:`Curvature.streams`. A subclass with a ``step`` of its own gets the gradients converted."""
@@ -144,10 +153,10 @@ class GatedFisher(Curvature):
         reading, moments = self._read(batch, head, s, bounded * squared, weights, squared <= s)
         p = reading.opened
         # mean |w g|^2 with w = 1 - p + p weights, from its parts: p is known after they were summed over the ranks.
-        shares = torch.stack([(1 - p).square(), 2 * p * (1 - p), p.square()])
-        weighted = (shares * moments).sum()
+        linear = torch.lerp(moments[:2], moments[1:], p)
+        weighted = torch.lerp(linear[0], linear[1], p)
         b = batch.averaged(self._weighted, weighted)
-        bound = b if self.size == "plain" else torch.maximum(b, weighted / _MOST)
+        bound = b if self._size == "plain" else torch.maximum(b, weighted / _MOST)
         size = self._z(s, reading.signal) * (bound + (s - mean).clamp_min(0)).rsqrt()
         aim = now if self.length == "gradient" else now * (m / even).square()
         size = size * self._length.update(aim, weighted * size.square())
@@ -194,14 +203,14 @@ class GatedFisher(Curvature):
         return reading, moments
 
     def _looks_at(self, head: HeadRows | None) -> bool:
-        return head is not None and (isinstance(self.gate, GradientConflict) or self.size == "signal")
+        return head is not None and (isinstance(self.gate, GradientConflict) or self._size == "signal")
 
     def _z(self, s: Tensor, signal: Tensor) -> Tensor:
-        if self.size == "newton":
+        if self._size == "newton":
             return s.rsqrt()
-        if self.size == "plain":
+        if self._size == "plain":
             return s.sqrt()
-        return torch.ones_like(s) if self.size == "norm" else self._signal.update(s, signal)
+        return torch.ones_like(s) if self._size == "norm" else self._signal.update(s, signal)
 
     def initial_state(
         self,
@@ -216,7 +225,7 @@ class GatedFisher(Curvature):
         if damping.averaging.decay:
             state |= {name: RunningMean.initial_state((), gradient) for name in ("mean", "weighted")}
         state["length"] = self._length.initial_state(gradient)
-        if self.size == "signal":
+        if self._size == "signal":
             state["signal"] = self._signal.initial_state(gradient)
         if self._looks_at(head):
             assert head is not None

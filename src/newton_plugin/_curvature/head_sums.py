@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from newton_plugin._linalg.damped_inverse import HALF
+from newton_plugin._runtime.cuda_graphs import capturing
 
 __all__ = ["HeadRows", "HeadSums", "head_size", "head_sums"]
 
@@ -38,6 +39,8 @@ class HeadRows:
     @staticmethod
     def joined(parts: list[HeadRows]) -> HeadRows | None:
         """Of all calls of one layer; None where their positions differ in number."""
+        if len(parts) > 1:
+            parts = [part for part in parts if len(part)] or parts[:1]
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -78,9 +81,10 @@ def head_sums(head: HeadRows, groups: Tensor, scale: Tensor) -> HeadSums:
     """
     b = head.inputs
     dtype = torch.float32 if b.dtype in HALF else b.dtype
-    a = (head.gradients * scale.to(head.gradients.dtype if head.gradients.dtype not in HALF else dtype)).to(dtype)
+    a = head.gradients.to(dtype) if head.gradients.dtype in HALF else head.gradients
     b = _sketched(b.to(dtype), _MOST_INPUTS)
     a = _sketched(a, max(1, _MOST // b.shape[-1]))
+    a = (a * scale.to(a.dtype)).to(dtype)
     groups = groups.to(dtype)
     n, positions, k = a.shape
     if positions == 1:
@@ -104,7 +108,8 @@ def _sketched(x: Tensor, most: int) -> Tensor:
         return x
     width = _width(size, most)
     rounds = -(-size // width)
-    signs = (_drawn if torch.compiler.is_compiling() else _signs)(size, x.dtype, x.device)
+    anew = torch.compiler.is_compiling() or capturing(x)  # what a CUDA graph makes is the graph's own
+    signs = (_drawn if anew else _signs)(size, x.dtype, x.device)
     signed = torch.nn.functional.pad(x * signs, (0, rounds * width - size))
     return signed.unflatten(-1, (rounds, width)).sum(-2)
 

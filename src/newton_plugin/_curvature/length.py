@@ -35,8 +35,7 @@ class Length:
         mean = self._logs.last(log)
         if mean is None:
             return self._logs.update(log, 1.0).exp()
-        known = self._logs.count >= _BATCHES
-        return self._logs.update(torch.where(known, torch.nan, log), 1.0).exp()
+        return self._logs.update(log.masked_fill(self._logs.count >= _BATCHES, torch.nan), 1.0).exp()
 
     def initial_state(self, like: Tensor) -> dict[str, Any]:
         """The state before the first step."""

@@ -100,6 +100,7 @@ class Curvature(ABC):
     Attributes:
         needs_hessian: whether :meth:`step` uses Hessian-vector products.
         structure: how much of C is kept. Only "block" matters to others: :meth:`step` then gets ``groups``.
+        memoryless: whether the optimizer moves in proportion to its gradients, as SGD does; a door that knows sets it.
         reading_names: the names of :attr:`CurvatureStep.readings`, the same at every step.
         refresh_every: tells others for how many steps one C is used. A curvature of your own keeps its C itself.
 
@@ -120,6 +121,7 @@ class Curvature(ABC):
     structure: Structure = "mean"
     refresh_every: int = 1
     reading_names: tuple[str, ...] = ()
+    memoryless: bool = False
     takes_ranks: ClassVar[bool] = False
     takes_weight: ClassVar[bool] = False
     takes_live: ClassVar[bool] = False

@@ -29,17 +29,15 @@ class SignalSize:
         """z after this batch; 1 at the first.
 
         Args:
-            s: the running mean of ``mean |g|^2``, no dimensions.
+            s: the running mean of ``mean |g|^2``, positive and finite, no dimensions.
             signal: rho, no dimensions.
         """
         self._in_place = self._in_place or capturing(s)
         log = s.log()
         before = self._before(log)
-        moved = (1 - 2 * signal).clamp(0.0, 0.5) * (log - before[1])
-        z = before[0] + torch.where(torch.isfinite(moved), moved, 0.0)
-        self._state = carried(
-            self._state, torch.stack([z, torch.where(torch.isfinite(log), log, before[1])]), self._in_place
-        )
+        moved = torch.rsub(signal, 1.0, alpha=2.0).clamp(0.0, 0.5) * (log - before[1])
+        z = before[0] + moved.nan_to_num(0.0)  # NaN: there is no s before the first
+        self._state = carried(self._state, torch.stack([z, log]), self._in_place)
         return z.exp()
 
     def _before(self, log: Tensor) -> Tensor:
@@ -58,5 +56,12 @@ class SignalSize:
         return {"z": self._state.clone() if self._in_place else self._state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self._state, self._in_place = state.get("z"), False
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            TypeError: a state of something else.
+        """
+        z = state.get("z")
+        if not (z is None or isinstance(z, Tensor)):
+            raise TypeError("the state of a size holds a tensor")
+        self._state, self._in_place = z, False

@@ -25,6 +25,7 @@ from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, ref
 from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
 from newton_plugin._doors.hooked_loss import check_graph, check_loss, check_transforms, operation_of, wants_tangent
 from newton_plugin._doors.layer_names import MAX_LAYERS
+from newton_plugin._doors.optimizers import is_memoryless
 from newton_plugin._doors.running_states import RunningStates
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
@@ -252,6 +253,16 @@ class LossHook:
         if cause not in self._reported:
             self._reported.add(cause)
             warnings.warn(message, UserWarning, stacklevel=5)
+
+    def set_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
+        """Say which optimizer takes the steps, or which ones: size "auto" of ``structure="gated"`` asks for it.
+
+        The callbacks of Lightning and transformers say it by themselves. It is part of no ``state_dict``.
+
+        Raises:
+            ArgumentTypeError: no optimizer.
+        """
+        self._states.memoryless = is_memoryless(optimizer)
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last step that a backward pass has taken; waits for the device, so call it when you log.

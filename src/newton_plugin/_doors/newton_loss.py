@@ -32,6 +32,7 @@ from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.arguments import argument, check_outputs, loss_at, name_of, outputs_of, replaced
 from newton_plugin._doors.diagnostics import diagnostics
 from newton_plugin._doors.layer_names import MAX_LAYERS, LayerNames
+from newton_plugin._doors.optimizers import is_memoryless
 from newton_plugin._doors.transformed import MemberStates, needs_pure_engine, transformed_loss
 from newton_plugin._errors import ArgumentTypeError, NoBoundaryError, NoGradientError
 from newton_plugin._runtime.compiler import eager
@@ -93,7 +94,7 @@ class NewtonLoss(nn.Module):
         self._used: list[StepRule] = []
         self._names = LayerNames()
         self._members = MemberStates()
-        self._others_reported = False
+        self._others_reported = self._memoryless = False
         self._clones: WeakKeyDictionary[Any, NewtonLoss] = WeakKeyDictionary()
         if not isinstance(loss_fn, nn.Module):
             functools.update_wrapper(self, loss_fn, updated=())  # type: ignore[arg-type]
@@ -103,6 +104,10 @@ class NewtonLoss(nn.Module):
         name = "" if isinstance(self.loss_fn, nn.Module) else getattr(self.loss_fn, "__name__", "loss_fn")
         outputs = "" if self._outputs == (0,) else f"outputs={self._outputs}"
         return ", ".join(filter(None, [name, self._settings.describe(), outputs]))
+
+    def set_optimizer(self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
+        """See :meth:`LossHook.set_optimizer`."""
+        self._memoryless = is_memoryless(optimizer)
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -203,6 +208,7 @@ class NewtonLoss(nn.Module):
             self._rules.pop(next(iter(self._rules)))
         if name not in self._rules:
             self._rules[name] = self._settings.build()
+        self._rules[name].curvature.memoryless = self._memoryless
         return self._rules[name]
 
     def _select(self, which: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

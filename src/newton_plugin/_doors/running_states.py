@@ -19,12 +19,14 @@ class RunningStates:
 
     Attributes:
         rules: by key.
+        memoryless: whether the optimizer is known to remember no gradients.
         in_turn: whether different losses have had different boundaries.
     """
 
     def __init__(self, settings: RuleSettings) -> None:
         self.rules: dict[str, StepRule] = {}
         self.in_turn = False
+        self.memoryless = False
         self._by_position: list[str] = []  # keys that were loaded and stand for the first layers that come
         self._settings = settings
         self._names = LayerNames()
@@ -68,6 +70,7 @@ class RunningStates:
                 self.rules.pop(next(iter(self.rules)))
             if key not in self.rules:
                 self.rules[key] = self._settings.build()
+            self.rules[key].curvature.memoryless = self.memoryless
         self.in_turn = self.in_turn or len(self.rules) > len(set(keys))
         return [self.rules[key] for key in keys]
 

@@ -50,7 +50,7 @@ class CompiledStep:
 
     def __init__(self, settings: RuleSettings) -> None:
         self._settings = settings
-        self._functions: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._functions: dict[tuple[int, bool, bool, int], Callable[..., Any]] = {}
         self._off = False
         self._seen: set[int] = set()  # numbers of rows
 
@@ -74,11 +74,12 @@ class CompiledStep:
         seen = None if head is None else head.rows(arrived)
         layer = (None, None) if seen is None else (seen.gradients, seen.inputs)
         leaves, form = rule.leaves(arrived, groups, seen)
-        key = groups, seen is None  # the form of a state follows from these and from the settings
+        memoryless = rule.curvature.memoryless
+        key = groups, seen is None, memoryless, len(leaves)  # the form of a state follows from these and the settings
         try:
             function = self._functions.get(key)
             if function is None:
-                function = self._functions[key] = _compiled(self._settings, groups, form)
+                function = self._functions[key] = _compiled(self._settings, groups, form, memoryless)
             with self._quietly(len(arrived)):
                 sent, taken, damping, weight, squared, stepped, matrix, readings, *after = function(
                     arrived, scale.reshape(()), *layer, *leaves
@@ -139,13 +140,14 @@ def compiled_step(settings: RuleSettings) -> CompiledStep | None:
     return found
 
 
-def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[..., Any]:
+def _compiled(settings: RuleSettings, groups: int, form: TreeSpec, memoryless: bool) -> Callable[..., Any]:
     """The step as one compiled function of tensors."""
 
     def step(
         arrived: Tensor, scale: Tensor, at_layer: Tensor | None, inputs: Tensor | None, *leaves: Tensor
     ) -> tuple[Tensor | None, ...]:
         rule = settings.build()
+        rule.curvature.memoryless = memoryless
         rule.restore(tree_unflatten(list(leaves), form))
         live = all_if_none(nonzero_rows(arrived).sum(), len(arrived))
         scale = scale.to(working_dtype(arrived.device))
@@ -174,9 +176,12 @@ def _compiled(settings: RuleSettings, groups: int, form: TreeSpec) -> Callable[.
 
 
 def _ordered(state: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """A state with its entries in the order of another one, which says what each of its tensors is."""
+    """A state with its entries in the order of another one, which says what each of its tensors is.
+
+    One with other entries stays as it is: it has another length, or is refused when it is restored.
+    """
     if state.keys() != like.keys():
-        raise ValueError("the state after a step has other entries than initial_state() gives")
+        return state
     return {k: _ordered(state[k], v) if isinstance(v, dict) else state[k] for k, v in like.items()}
 
 

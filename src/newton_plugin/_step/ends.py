@@ -98,7 +98,9 @@ class Ends:
             f"{b.name!r} with {a.features} features" + f" at {a.groups} positions" * (r.curvature.structure == "block")
             for b, a, r in zip(self.boundaries, self.layouts, self.rules, strict=True)
         )
-        return "; ".join(names) + (", and terms beside" if self.beside and self.one_size else "")
+        heads = [head.widths if isinstance(head, LayerHead) else "unseen" for head in self.heads if head is not None]
+        seen = f"; last layers: {', '.join(heads)}" if heads else ""
+        return "; ".join(names) + (", and terms beside" if self.beside and self.one_size else "") + seen
 
 
 def _heads(

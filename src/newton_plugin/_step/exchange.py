@@ -5,6 +5,8 @@ the curvature of a layer                     with the agreement                 
 ===========================================  ==============================================  ========================
 Fisher, isotropic or one for each sample;    ``sum_i |g_i|^2`` and N                         nothing
 "norm"
+Fisher, gated                                nothing                                         ``sum_i |g_i|^2``, then
+                                                                                             sums at the layer
 Fisher with a matrix                         nothing                                         ``sum_i g_i g_i'``
 Hessian                                      what this rank knows of it                      C, layer by layer
 "auto", one of a user's own                  nothing                                         what it asks for

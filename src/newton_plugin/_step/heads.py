@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -28,11 +29,14 @@ class LayerHead:
     def __init__(self, heads: Sequence[Head], sizes: Sequence[int]) -> None:
         self._heads, self._sizes = heads, sizes
 
+    @property
+    def widths(self) -> str:
+        """What several processes have to agree on."""
+        return f"{self._heads[0].inputs.shape[-1]} inputs and {self._heads[0].features} outputs"
+
     def __str__(self) -> str:
-        _, positions, inputs = self._heads[0].inputs.shape
-        return f"a layer of {inputs} inputs and {self._heads[0].features} outputs" + (
-            f" at {positions} positions" if positions > 1 else ""
-        )
+        positions = self._heads[0].inputs.shape[1]
+        return f"a layer of {self.widths}" + (f" at {positions} positions" if positions > 1 else "")
 
     def rows(self, rows: Tensor) -> HeadRows | None:
         """What a rule gets with the rows (N, m) of all calls; None where calls differ in their positions.
@@ -55,16 +59,20 @@ class LinearHead(LayerHead):
     def __init__(self, inputs: Tensor, layout: RowLayout) -> None:
         positions = inputs.numel() // max(1, layout.rows * inputs.shape[-1]) if inputs.ndim else 0
         fits = inputs.ndim > 1 and positions * layout.rows * inputs.shape[-1] == inputs.numel()
+        if not layout.rows and fits:  # the other dimensions tell
+            samples = math.prod([max(1, layout.shape[axis]) for axis in layout.sample_axes])
+            positions = math.prod([max(1, size) for size in inputs.shape[:-1]]) // samples
         if not fits or not positions or layout.features % positions:
             raise ShapeError(
                 f"layer_inputs must be (N, ..., d), the inputs of the layer that made the outputs, for {layout.rows} "
                 f"samples with {layout.features} outputs each; got shape {tuple(inputs.shape)}."
             )
         self._inputs = inputs.detach().reshape(layout.rows, positions, inputs.shape[-1])
+        self._features = layout.features // positions
 
     def rows(self, rows: Tensor) -> HeadRows | None:
         """Gradients at the outputs are gradients at the layer."""
-        return HeadRows(rows.reshape(len(rows), self._inputs.shape[1], -1), self._inputs)
+        return HeadRows(rows.reshape(len(rows), self._inputs.shape[1], self._features), self._inputs)
 
 
 class GivenHead(LayerHead):
@@ -82,8 +90,10 @@ def head_of(boundaries: Sequence[Boundary], layouts: Sequence[RowLayout]) -> Lay
     """Of the calls of one layer; a string: why none is seen."""
     heads = []
     for boundary, layout in zip(boundaries, layouts, strict=True):
-        head = find_head(boundary.graph_edge, layout) if layout.rows else "there are no samples"
+        head = find_head(boundary.graph_edge, layout)
         if isinstance(head, str):
             return head
         heads.append(head)
+    if len({head.inputs.shape[1:] for head in heads if len(head.inputs)}) > 1:
+        return "calls of the last layer have different numbers of positions"
     return LayerHead(heads, [layout.rows for layout in layouts])

@@ -42,6 +42,7 @@ class RunningState:
     summed: Tensor | None = None
     explicit: bool = False
     _taken_over: tuple[list[Tensor], TreeSpec] | None = None  # a newer state than that of the other attributes
+    _made_for: tuple[bool, bool] = (False, False)  # whether their form is one with a last layer; for SGD
     _structural_fallbacks: int = 0
     _gradients_not_stepped: Tensor | None = None
     _zero_hessians: Tensor | None = None
@@ -103,9 +104,15 @@ class RunningState:
 
     def leaves(self, gradient: Tensor, groups: int, head: HeadRows | None = None) -> tuple[list[Tensor], TreeSpec]:
         """The tensors of :meth:`tensors`, from :meth:`initial_state` where nothing has come yet; and their form."""
-        if self._taken_over is None:
-            return tree_flatten(filled(self.initial_state(gradient, groups, head=head), self.tensors()))
-        return self._taken_over
+        sees, memoryless = head is not None, self.curvature.memoryless
+        if self._taken_over is not None and self._made_for in ((True, memoryless), (sees, memoryless)):
+            return self._taken_over
+        state = self.tensors()
+        made = filled(self.initial_state(gradient, groups, head=head), state)
+        if self.curvature.takes_head:  # what was learnt of other batches stays
+            made["curvature"] = dict(sorted({**state["curvature"], **made["curvature"]}.items()))
+        self._made_for = sees, memoryless
+        return tree_flatten(made)
 
     def take_over(self, leaves: list[Tensor], form: TreeSpec) -> None:
         """Keep the state after a step that somebody else has taken from :meth:`leaves`."""

@@ -132,7 +132,8 @@ class StepInBackward:
         self._scale, self._may_wait_again = scale, self._seed is None and self._hessians is None
         self._make(gradient, scale)
         self._waits, self._upstream, self._hessians, self._own_upstream = False, None, None, None
-        self._head = None
+        if self._head is not None and not (self._may_wait_again and scale.device.type == "cpu" and not bool(scale)):
+            self._head = None  # but of a loss times zero a further pass makes the step
 
     def _make(self, gradient: Tensor, scale: Tensor) -> None:
         """The step, from the gradient that arrives."""

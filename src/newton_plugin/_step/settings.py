@@ -37,7 +37,7 @@ _CURVATURES = get_args(CurvatureName)
 
 def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Damping) -> Curvature:
     """A name or an instance, as an instance; see :class:`newton_plugin.LossHook` for structure "auto"."""
-    check_choice("structure", structure, ("auto", "gated", *STRUCTURES))
+    check_choice("structure", structure, ("auto", *STRUCTURES, "gated"))
     power = check_power(power)
     if isinstance(curvature, str):
         check_choice("curvature", curvature, _CURVATURES)
