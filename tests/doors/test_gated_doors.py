@@ -333,6 +333,8 @@ UNSEEN: dict[str, tuple[Callable[[], Callable[[Tensor], Tensor]], str]] = {
 @pytest.mark.parametrize("case", UNSEEN)
 def test_what_is_unseen_is_said_and_evens_nothing_out(case: str) -> None:
     """The steps are those of a gate that is shut and of size "norm"."""
+    if case == "checkpoint" and not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"):
+        pytest.skip("this torch does not show that a tensor would be computed anew: the layer is seen")
     make, reason = UNSEEN[case]
     net, doors = make(), (hook(), npl.LossHook(curvature=npl.GatedFisher(gate=0, size="norm")))
     for t in range(15):
