@@ -41,6 +41,7 @@ FISHER = {
     "fisher, auto damping": {"structure": "mean"},
     "fisher, damping 0.1": {"damping": 0.1},
     "norm": {"curvature": "norm"},
+    "gated": {"structure": "gated"},
 }
 HESSIAN = {"hessian, damping 0.1": {"curvature": "hessian", "damping": 0.1}}
 KEPT = {"hessian, refresh_every 10": {"curvature": npl.Hessian(refresh_every=10), "damping": 0.1}}

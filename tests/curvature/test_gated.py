@@ -428,7 +428,7 @@ def test_a_gate_of_ones_own_is_copied() -> None:
     opened(rules[0], npl.AutoDamping())
     assert gate.state_dict() == {}
     assert "conflict" not in rules[1].state_dict()
-    assert repr(rules[0]) == f"GatedFisher(gate={gate!r}, size='auto', length='gradient', most=2)"
+    assert repr(rules[0]) == f"GatedFisher(gate={gate!r}, size='auto' (now 'signal'), length='gradient', most=2)"
 
 
 @pytest.mark.parametrize(("memoryless", "size"), [(False, "signal"), (True, "plain")])
@@ -437,3 +437,34 @@ def test_size_auto_is_the_size_of_the_optimizer(memoryless: bool, size: Any) -> 
     auto.memoryless = memoryless
     for a, b in zip(run(auto, lambda h: h), run(named, lambda h: h), strict=True):
         assert torch.equal(a, b)
+
+
+class Halved(npl.AutoDamping):
+    def value(self, scale: Tensor, finite: bool = False) -> Tensor:
+        return scale / 2
+
+
+@pytest.mark.parametrize("damping", [0.1, npl.Tikhonov(1.0), Halved()])
+def test_a_damping_of_another_kind_is_refused_where_it_is_written(damping: Any) -> None:
+    with pytest.raises(npl.ArgumentError, match=r"GatedFisher takes damping='auto'"):
+        npl.LossHook(curvature=npl.GatedFisher(), damping=damping)
+
+
+def test_a_rule_that_asks_nothing_of_the_last_layer_does_not_look_for_it() -> None:
+    for rule, looks in (
+        (npl.GatedFisher(gate=0.0, size="norm"), False),
+        (npl.GatedFisher(gate=0.5, size="signal"), True),
+        (npl.GatedFisher(size="plain"), True),
+    ):
+        hook = npl.LossHook(curvature=rule)
+        hook(torch.nn.Linear(3, 2)(torch.randn(5, 3)).square().mean()).backward()
+        assert bool(hook.boundaries[0].last_layer) is looks
+
+
+def test_the_size_in_force_is_shown() -> None:
+    hook = npl.LossHook(structure="gated")
+    layer = torch.nn.Linear(3, 2)
+    for optimizer, size in ((torch.optim.SGD, "plain"), (torch.optim.Adam, "signal")):
+        hook.set_optimizer(optimizer(layer.parameters(), 0.1))
+        hook(layer(torch.randn(5, 3)).square().mean()).backward()
+        assert f"size='auto' (now {size!r})" in repr(hook)

@@ -49,7 +49,7 @@ from newton_plugin._errors import ArgumentError, ArgumentTypeError, check_choice
 from newton_plugin._linalg.large_rows import are_large, divide
 from newton_plugin._runtime.processes import ONE_PROCESS, Ranks
 
-__all__ = ["GatedFisher", "LengthUnit", "Size"]
+__all__ = ["GatedFisher", "LengthUnit", "Size", "relative_ratio"]
 
 Size = Literal["auto", "signal", "norm", "newton", "plain"]
 LengthUnit = Literal["gradient", "newton"]
@@ -100,7 +100,8 @@ class GatedFisher(Curvature):
         self._signal = SignalSize()
 
     def __repr__(self) -> str:
-        return f"GatedFisher(gate={self.gate!r}, size={self.size!r}, length={self.length!r}, most={self.most:g})"
+        size = f"{self.size!r}" + (f" (now {self._size!r})" if self.size == "auto" else "")
+        return f"GatedFisher(gate={self.gate!r}, size={size}, length={self.length!r}, most={self.most:g})"
 
     @property
     def _size(self) -> str:
@@ -112,6 +113,11 @@ class GatedFisher(Curvature):
     def streams(self, gradient: Tensor) -> bool:
         """See :meth:`Curvature.streams`. A subclass with a ``step`` of its own gets the gradients converted."""
         return are_large(gradient) and self.takes_weight
+
+    @property
+    def looks(self) -> bool:
+        """See :attr:`Curvature.looks`: neither a fixed gate nor a size of another kind asks for the last layer."""
+        return isinstance(self.gate, GradientConflict) or self._size == "signal"
 
     @property
     def one_number(self) -> bool:
@@ -138,7 +144,7 @@ class GatedFisher(Curvature):
         head: HeadRows | None = None,
     ) -> CurvatureStep:
         """See :meth:`Curvature.step`; ``hvp`` is not used."""
-        ratio = _ratio(damping)
+        ratio = relative_ratio(damping)
         batch = Batch(gradient, damping, ranks, 1, None if weight is None else weight.square(), live, factor)
         m = max(1, gradient.shape[1])
         squared, total = batch.squares()
@@ -203,7 +209,7 @@ class GatedFisher(Curvature):
         return reading, moments
 
     def _looks_at(self, head: HeadRows | None) -> bool:
-        return head is not None and (isinstance(self.gate, GradientConflict) or self._size == "signal")
+        return head is not None and self.looks
 
     def _z(self, s: Tensor, signal: Tensor) -> Tensor:
         if self._size == "newton":
@@ -274,8 +280,14 @@ def _as_tensor(count: Tensor | int, like: Tensor) -> Tensor:
     return count.to(like) if isinstance(count, Tensor) else torch.full_like(like, count)
 
 
-def _ratio(damping: Damping) -> float:
-    if not isinstance(damping, AutoDamping):
+def relative_ratio(damping: Damping) -> float:
+    """The ratio of a damping that a gated rule takes.
+
+    Raises:
+        ArgumentError: a damping of another kind.
+    """
+    # s is found back from the damping: so value() has to be that of the class.
+    if not isinstance(damping, AutoDamping) or type(damping).value is not AutoDamping.value:
         raise ArgumentError(
             f"GatedFisher takes damping='auto' or an npl.AutoDamping, whose size is relative; got {damping!r}. Use "
             "curvature='fisher' with structure='isotropic' for a damping of another kind."

@@ -197,6 +197,11 @@ class Curvature(ABC):
         return self.state_dict()
 
     @property
+    def looks(self) -> bool:
+        """Whether :meth:`step` uses the ``head`` that it takes; finding it costs something at every step."""
+        return True
+
+    @property
     def one_number(self) -> bool:
         """Whether :meth:`statistics` names one number at every step, whatever the outputs."""
         return False

@@ -214,7 +214,6 @@ def functional_newton_loss(
             that several calls of one layer made are one batch if they are concatenated.
         on_nonfinite: "keep" the gradient where it is not finite, or "raise". Under ``vmap`` and ``torch.compile``,
             where nobody can raise, "raise" makes the step NaN.
-
         layer_inputs: the name under which ``init`` and ``apply`` also get the inputs of the linear layer that made the
             outputs, (N, ..., d); the loss does not. A rule that looks at the last layer (``structure="gated"``) sees no
             layer without them.

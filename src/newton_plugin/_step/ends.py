@@ -109,7 +109,7 @@ def _heads(
     heads: list[LayerHead | str | None] = []
     for numbers in calls:
         rule, head = rules[numbers[0]], None
-        if rule.curvature.takes_head:
+        if rule.curvature.takes_head and rule.curvature.looks:
             head = head_of([boundaries[k] for k in numbers], [layouts[k] for k in numbers])
             rule.last_layer = f"{UNSEEN}{head}" if isinstance(head, str) else str(head)
         heads.append(head)

@@ -12,7 +12,7 @@ from newton_plugin._boundary.rows import check_feature_dims
 from newton_plugin._curvature.auto import AutoCurvature
 from newton_plugin._curvature.damping import AutoDamping, Damping, resolve_damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
-from newton_plugin._curvature.gated import GatedFisher
+from newton_plugin._curvature.gated import GatedFisher, relative_ratio
 from newton_plugin._curvature.hessian import Hessian
 from newton_plugin._curvature.protocol import STRUCTURES, Curvature, Structure, check_power
 from newton_plugin._curvature.soft_normalization import SoftNormalization
@@ -107,7 +107,10 @@ class RuleSettings:
         check_choice("reduction", self.reduction, ("mean", "sum"))
         check_choice("on_nonfinite", self.on_nonfinite, ("keep", "raise"))
         object.__setattr__(self, "feature_dims", check_feature_dims(self.feature_dims))
-        self._check_lagged(self.build())
+        rule = self.build()
+        if isinstance(rule.curvature, GatedFisher):
+            relative_ratio(rule.damping)
+        self._check_lagged(rule)
 
     def _check_lagged(self, rule: StepRule) -> None:
         if self.sync == "lagged" and not rule.one_number:
