@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ def _labels(x: Tensor) -> Tensor:
     return torch.where(torch.rand(len(x)) < 0.67, x[:, :4].argmax(1), torch.randint(4, (len(x),)))
 
 
+def _easy_but_for_a_tenth(x: Tensor) -> Tensor:
+    """Two classes with a wide margin between them, which is put in; and a rare third one."""
+    labels = (x[:, 0] > 0).long()
+    x[:, 0] += 2 * x[:, 0].sign()
+    return labels.masked_fill(x[:, 1] > 1.2, 2)
+
+
 def _unused(*_: object) -> Tensor:
     raise AssertionError
 
@@ -41,15 +49,27 @@ def _unused(*_: object) -> Tensor:
     ],
 )
 def test_the_twin_is_the_packages_step(gate: Gate, size: Size, most: float) -> None:
+    opened, _ = _compared(gate, size, most, _labels)
+    if gate == "conflict":
+        assert max(opened) > 0.2  # else the test says little
+
+
+def test_the_bound_is_lifted_as_the_twin_lifts_it() -> None:
+    _, lifted = _compared("conflict", "signal", 2.0, _easy_but_for_a_tenth)
+    assert max(lifted) > 0.2
+
+
+def _compared(gate: Gate, size: Size, most: float, labels_of: Callable[[Tensor], Tensor]) -> tuple[list[float], ...]:
+    """Both on the same training; p of its steps, and how far the bound was lifted."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False)).double()
     rule = npl.GatedFisher(gate=gate, size=size, most=most)  # type: ignore[arg-type]
     hook, twin = npl.LossHook(curvature=rule), Gated(gate, size, most)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    opened = []
+    opened, lifted = [], []
     for _ in range(STEPS):
         x = torch.randn(16, 6, dtype=torch.float64)
-        labels = _labels(x)
+        labels = labels_of(x)
         inputs = net[:2](x).detach()
         y = net(x)
         y.retain_grad()
@@ -63,10 +83,12 @@ def test_the_twin_is_the_packages_step(gate: Gate, size: Size, most: float) -> N
         assert y.grad is not None
         torch.testing.assert_close(y.grad * 16, want, rtol=1e-10, atol=1e-14)
         opened.append(float(twin.opened))
+        lifted.append(float(twin.lifted))
         optimizer.step()
     if gate == "conflict":
-        assert max(opened) > 0.2  # else the test says little
         assert hook.diagnostics()["gate"] == pytest.approx(opened[-1], abs=1e-12)
+        assert hook.diagnostics()["lifted"] == pytest.approx(lifted[-1], abs=1e-12)
+    return opened, lifted
 
 
 @pytest.mark.parametrize("name", ["wrong_lists", "wrong_labels", "for_l2", "ctc_4"])

@@ -27,8 +27,8 @@ class Twin:
         self.past: list[list[float]] = []  # of the five means and c squared
         self.signals: list[tuple[float, float]] = []
 
-    def update(self, v: Tensor, body: list[bool]) -> tuple[float, float, float]:
-        """p, kappa and the share of signal after one batch; v (N, D) in the unit of the root of s."""
+    def update(self, v: Tensor, body: list[bool]) -> tuple[float, float, float, float]:
+        """What is read after one batch; v (N, D) in the unit of the root of s."""
         n = len(body)
         u = [[sum(float(v[i, k]) for i in range(n) if body[i] == side) / n for k in range(D)] for side in (True, False)]
         if self.q is not None:
@@ -59,10 +59,10 @@ class Twin:
         share = 1 / self.q_weight
         self.q = new if self.q is None else [q + share * (x - q) for q, x in zip(self.q, new, strict=True)]
 
-    def read(self) -> tuple[float, float, float]:
+    def read(self) -> tuple[float, float, float, float]:
         t = len(self.past)
         if not t:
-            return 0.0, 0.0, 0.5
+            return 0.0, 0.0, 0.5, 0.0
         weights = [self.decay ** (t - 1 - k) for k in range(t)]
         c, squared, *rest = (
             sum(w * x[k] for w, x in zip(weights, self.past, strict=True)) / sum(weights) for k in range(6)
@@ -74,7 +74,10 @@ class Twin:
         share = sum(w * x for w, (x, _) in zip(weights, self.signals, strict=True)) / sum(
             w * x for w, (_, x) in zip(weights, self.signals, strict=True)
         )
-        return (min(1.0, self.factor * kappa) if t > self.wait else 0.0), kappa, min(1.0, max(0.0, share))
+        p = min(1.0, self.factor * kappa) if t > self.wait else 0.0
+        tail = s_t / (s_b + s_t) if s_t else 0.0
+        lifted = (1 - p) * max(0.0, 4 * tail - 3) if t > self.wait else 0.0
+        return p, kappa, min(1.0, max(0.0, share)), lifted
 
 
 def batch(t: int, contrary: float = 1.0, n: int = N) -> tuple[Tensor, list[bool]]:
@@ -90,7 +93,8 @@ def take(conflict: GradientConflict, v: Tensor, body: list[bool], count: int | N
     groups = torch.tensor([[float(b) for b in body], [float(not b) for b in body]], dtype=torch.float64)
     metric = conflict.metric(v[0])
     n = torch.tensor(float(len(v) if count is None else count), dtype=torch.float64)
-    return conflict.update(groups @ v, (groups @ v.square()) @ metric, metric, n)
+    conflict.update(groups @ v, (groups @ v.square()) @ metric, metric, n)
+    return conflict.read(n)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def test_nothing_is_contradicted_where_nothing_has_a_gradient() -> None:
     v, body = batch(0)
     for _ in range(5):
         found = take(conflict, 0 * v, body)
-        assert [float(x) for x in found] == [0, 0, 0.5]
+        assert [float(x) for x in found] == [0, 0, 0.5, 0]
     opened = [float(take(conflict, *batch(t)).opened) for t in range(20)]  # and it begins afresh afterwards
     assert 0 < opened[-1] <= 1
 

@@ -96,8 +96,10 @@ class Training:
                 scores = [self._score(part) for part in parts] if finite else []
                 finite = finite and all(map(math.isfinite, scores))
                 curve.append([float(step), *(scores if finite else [0.0] * len(parts))])
-        kept = 0 if self.hook is None else int(self.hook.diagnostics().get("fallbacks", 0))
-        return {"curve": curve, "finite": finite, "kept": kept, "device": "cpu", **versions()}
+        found = {} if self.hook is None else self.hook.diagnostics()
+        readings = {name: round(found[name], 3) for name in ("gate", "signal", "lifted") if name in found}
+        kept = int(found.get("fallbacks", 0))
+        return {"curve": curve, "finite": finite, "kept": kept, "device": "cpu", **readings, **versions()}
 
     @torch.no_grad()
     def _score(self, part: Part) -> float:

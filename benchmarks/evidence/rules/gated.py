@@ -27,19 +27,21 @@ class Gated(Rule):
         gate: "conflict": p from the contradiction; "inverted": 1 - p; "random": groups drawn at random in place of body
             and tail; a number: that p.
         size: z, see ``GatedFisher``.
-        most: no sample counts for more than that many times ``mean |g|^2``.
+        most: no sample counts for more than that many times ``mean |g|^2``, but for what the bound is lifted by.
+        lifts: whether it is ever lifted.
 
     Attributes:
         opened: p of the last step, (R, 1, 1).
-        share: the signal's share of a batch's gradient, (R, 1, 1).
+        share: the signal's share of a batch's gradient then, (R, 1, 1).
+        lifted: how far the bound was lifted, (R, 1, 1).
     """
 
     needs_head = True
 
-    def __init__(self, gate: Gate = "conflict", size: Size = "signal", most: float = 2.0) -> None:
+    def __init__(self, gate: Gate = "conflict", size: Size = "signal", most: float = 2.0, lifts: bool = True) -> None:
         super().__init__()
-        self.gate, self.size, self.most = gate, size, most
-        self.opened = self.share = torch.zeros(1, 1, 1)
+        self.gate, self.size, self.most, self.lifts = gate, size, most, lifts
+        self.opened = self.share = self.lifted = torch.zeros(1, 1, 1)
         self._generator = torch.Generator().manual_seed(0)
         self._q: Tensor | None = None
         self._log: Tensor | None = None
@@ -53,9 +55,10 @@ class Gated(Rule):
         mean = self.running("s", now, bounded=True)
         s = torch.maximum(mean, 1e-3 * self.running("slow", mean, 0.999)) + TINY
         x = squared / s
-        self.opened, self.share = self._measured(batch, x, s)
-        p = self.opened
-        weights = (1 - p + p * 1.3 / (1.3 + x)) * (self.most / (x + TINY)).sqrt().clamp_max(1.0)
+        self._read(s)
+        self._take_in(batch, x, s)  # for the next batch
+        p, bound = self.opened, (self.most / (x + TINY)).sqrt().clamp_max(1.0)
+        weights = (1 - p + p * 1.3 / (1.3 + x)) * (bound + self.lifted * (1 - bound))
         weighted = (weights.square() * squared).mean(1, keepdim=True)
         b = self.running("b", weighted, bounded=True)
         bound = b if self.size == "plain" else torch.maximum(b, weighted / _CAP)
@@ -83,8 +86,25 @@ class Gated(Rule):
         self._last = log
         return self._log.exp() if self.size == "signal" else torch.ones_like(s)
 
-    def _measured(self, batch: Batch, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """p, and the signal's share of a batch's gradient: both (R, 1, 1)."""
+    def _read(self, s: Tensor) -> None:
+        """What the batches before this one say: all three attributes."""
+        t, r, zero = self._steps, _DECAY, torch.zeros_like(s)
+        self.opened, self.share, self.lifted = self._gated(zero), torch.full_like(s, 0.5), zero
+        if not t:
+            return
+        c, squared, signal, noise, whole, total = (self._mean_of(n) for n in ("c", "cc", "S", "Q", "signal", "total"))
+        effective = ((1 - r**t) / (1 - r)) ** 2 / ((1 - r ** (2 * t)) / (1 - r**2))
+        error = ((squared - c.square()).clamp_min(0) / effective).sqrt()
+        lengths = signal.clamp_min(0) + noise.clamp_min(0) / 10
+        kappa = (-c - 2 * error).clamp_min(0) / (lengths.prod(-1, keepdim=True).sqrt() + TINY)
+        p = (2 * kappa).clamp_max(1.0) if t > _WAIT else torch.zeros_like(kappa)
+        tail = signal[..., 1:].clamp_min(0) / (signal.clamp_min(0).sum(-1, keepdim=True) + TINY)
+        if self.lifts and t > _WAIT:
+            self.lifted = ((4 * tail - 3).clamp_min(0) * (1 - p)).unsqueeze(-1)
+        self.opened = self._gated(p.unsqueeze(-1))
+        self.share = (whole / (total + TINY)).clamp(0, 1).unsqueeze(-1)
+
+    def _take_in(self, batch: Batch, x: Tensor, s: Tensor) -> None:
         v = batch.head() / s.sqrt()  # (R, N, D)
         n = v.shape[1]
         body = (x <= 1).to(v.dtype)
@@ -95,26 +115,21 @@ class Gated(Rule):
         u = groups @ v / n
         q, self._q = self._q, self.running("q", u.sum(1, keepdim=True).square(), _METRIC_DECAY, bounded=True)
         if q is None:  # the first batch counts for nothing
-            return self._gated(torch.zeros_like(s)), torch.full_like(s, 0.5)
+            return
         self._steps += 1
         d = (q + 1e-3 * q.mean(-1, keepdim=True) + TINY).rsqrt()
         norms, c = (u.square() * d).sum(-1), (u[:, :1] * u[:, 1:] * d).sum(-1)
         own = (groups @ (v.square() * d).sum(-1, keepdim=True)).squeeze(-1) / n**2
         signal = (norms - own) * n / (n - 1)
-        means = {
-            name: self.running(name, value, _DECAY)
-            for name, value in (("c", c), ("cc", c.square()), ("S", signal), ("Q", norms - signal))
-        }
-        t, r = self._steps, _DECAY
-        effective = ((1 - r**t) / (1 - r)) ** 2 / ((1 - r ** (2 * t)) / (1 - r**2))
-        error = ((means["cc"] - means["c"].square()).clamp_min(0) / effective).sqrt()
-        lengths = means["S"].clamp_min(0) + means["Q"].clamp_min(0) / 10
-        kappa = (-means["c"] - 2 * error).clamp_min(0) / (lengths.prod(-1, keepdim=True).sqrt() + TINY)
-        p = (2 * kappa).clamp_max(1.0) if t > _WAIT else torch.zeros_like(kappa)
+        for name, value in (("c", c), ("cc", c.square()), ("S", signal), ("Q", norms - signal)):
+            self.running(name, value, _DECAY)
         total = norms.sum(-1, keepdim=True) + 2 * c
-        whole = (total - own.sum(-1, keepdim=True)) * n / (n - 1)
-        share = self.running("signal", whole, _SIGNAL_DECAY) / (self.running("total", total, _SIGNAL_DECAY) + TINY)
-        return self._gated(p.unsqueeze(-1)), share.clamp(0, 1).unsqueeze(-1)
+        self.running("signal", (total - own.sum(-1, keepdim=True)) * n / (n - 1), _SIGNAL_DECAY)
+        self.running("total", total, _SIGNAL_DECAY)
+
+    def _mean_of(self, name: str) -> Tensor:
+        total, weight = self._totals[name]
+        return total / weight
 
     def _gated(self, p: Tensor) -> Tensor:
         if self.gate == "inverted":

@@ -72,6 +72,7 @@ GATED: dict[str, Arm] = {
     "gated, newton": _gated(size="newton"),
     "gated, plain size": _gated(size="plain"),
     "gated, unbounded": _gated(most=math.inf),
+    "gated, bound stays": Arm(rule=lambda: Gated(lifts=False)),
     "gate half open": _gated(gate=0.5),
     "size alone": _gated(gate=0.0),
     "gate inverted": Arm(rule=lambda: Gated("inverted")),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from benchmarks.evidence.problems.problem import Problem, RowsLoss
 from benchmarks.evidence.rules.candidate import Candidate
+from benchmarks.evidence.rules.gated import Gated
 from benchmarks.evidence.rules.grouped import Grouped, Tally
 from benchmarks.evidence.training.arms import Arm
 from benchmarks.evidence.training.replicas import Adam, Networks, NormaliseByNorm, Sgd, clip_by_norm
@@ -144,8 +145,17 @@ class Trainer:
             "finite": bool(self.alive[r]),
             "kept": kept,
             "device": self.device,
+            **self._readings(r),
             **versions(),
         }
+
+    def _readings(self, r: int) -> dict[str, float]:
+        """What a rule that looks at the last layer read at the end."""
+        rule = None if self.mean.candidate is None else self.mean.candidate.rule
+        if not isinstance(rule, Gated):
+            return {}
+        numbers = {"gate": rule.opened, "signal": rule.share, "lifted": rule.lifted}
+        return {name: round(float(x.expand(len(self.runs), 1, 1)[r]), 3) for name, x in numbers.items()}
 
 
 class _Mean:

@@ -16,7 +16,12 @@ Notation: ``v_i`` is the gradient of sample i's loss at the last layer's weights
   ``kappa = max(0, -c - 2 se(c)) / sqrt((S_b + Q_b / 10)(S_t + Q_t / 10))``.
 * Samples are evened out by the share ``p = min(1, 2 kappa)``; for the first ten batches by none.
 
-The same sums say how much of a batch's gradient is signal: ``S / (S + Q)`` of body and tail together.
+The same sums say two things more:
+
+* how much of a batch's gradient is signal: ``S / (S + Q)`` of body and tail together;
+* where the signal is: ``T = S_t / (S_b + S_t)``. Late in a training the body is learned, and nearly all that is left to
+  learn is in the tail. Then a bound on single samples slows it down: it is *lifted* by the share
+  ``(1 - p) max(0, 4 T - 3)``, from three quarters of the signal on, and not where the tail contradicts.
 """
 
 from __future__ import annotations
@@ -35,21 +40,30 @@ __all__ = ["GradientConflict", "Reading"]
 _METRIC_DECAY = 0.99
 _GROWTH = 10.0  # most that one batch may count for in the metric
 _FLOOR = 1e-3  # of the metric's mean, below which no number counts for more
+_MOST_OF_IT = 0.75  # of the signal: where the tail has more, the bound on single samples is lifted
 _LEAST = 1e-5  # of decay^wait: later the count of a running mean does not tell one batch from the next
 
 
 class Reading(NamedTuple):
-    """What one batch adds to; no dimensions.
+    """What the batches so far say; no dimensions.
 
     Attributes:
         opened: p, the share by which samples are evened out.
         contradiction: kappa.
         signal: the share of signal in a batch's gradient at the last layer.
+        lifted: how far the bound on single samples is lifted, in [0, 1].
     """
 
     opened: Tensor
     contradiction: Tensor
     signal: Tensor
+    lifted: Tensor
+
+    @staticmethod
+    def none(like: Tensor) -> Reading:
+        """That of no batch: nothing is evened out or lifted, and half may be signal."""
+        zero = torch.zeros_like(like)
+        return Reading(zero, zero, torch.full_like(like, 0.5), zero)
 
 
 class GradientConflict:
@@ -100,7 +114,7 @@ class GradientConflict:
             return torch.full_like(like, torch.nan)
         return torch.add(q, q.mean(), alpha=_FLOOR).rsqrt()
 
-    def update(self, sums: Tensor, squares: Tensor, metric: Tensor, samples: Tensor) -> Reading:
+    def update(self, sums: Tensor, squares: Tensor, metric: Tensor, samples: Tensor) -> None:
         """Take in one batch of all ranks.
 
         Args:
@@ -111,30 +125,37 @@ class GradientConflict:
         """
         u = sums / samples
         products = (u * metric) @ u.mT  # (2, 2)
-        c = products[:1, 1]
         # Body, tail, both: |u|^2, and what of it is a sample's product with itself.
         norms = torch.cat([products.diagonal(), products.sum().reshape(1)])
         own = torch.cat([squares, squares.sum().reshape(1)]) / samples.square()
         signal = (norms - own) * (samples / (samples - 1).clamp_min(1))
-        noise = norms - signal
+        c = products[:1, 1]
         self._metric.update(u.sum(0).square(), _METRIC_DECAY, _GROWTH)
-        means = self._means.update(torch.cat([c, c.square(), signal[:2], noise[:2]]), self.decay)
-        whole = self._signal.update(torch.stack([signal[2], norms[2]]), self.signal_decay)
-        return self._read(means, whole)
+        self._means.update(torch.cat([c, c.square(), signal[:2], (norms - signal)[:2]]), self.decay)
+        self._signal.update(torch.stack([signal[2], norms[2]]), self.signal_decay)
 
-    def _read(self, means: Tensor, whole: Tensor) -> Reading:
+    def read(self, like: Tensor) -> Reading:
+        """What the batches so far say.
+
+        Args:
+            like: a tensor without dimensions, in the working dtype.
+        """
+        means, whole = self._means.last(like.new_empty(6)), self._signal.last(like.new_empty(2))
+        if means is None or whole is None:
+            return Reading.none(like)
         tiny = torch.finfo(means.dtype).tiny
         c, squared = means[0], means[1]
         error = (torch.addcmul(squared, c, c, value=-1).clamp_min(0) * self._spread()).sqrt()
         positive = means[2:].clamp_min(0)
         lengths = torch.add(positive[:2], positive[2:], alpha=0.1)
-        against = torch.add(c, error, alpha=self.errors).clamp_max(0).abs()
-        kappa = against / (lengths.prod().sqrt() + tiny)
+        kappa = torch.add(c, error, alpha=self.errors).clamp_max(0).abs() / (lengths.prod().sqrt() + tiny)
         # A mean over t batches counts as (1 - decay^t) / (1 - decay).
         waited = self._means.count > (1 - self.decay ** (self.wait + 0.5)) / (1 - self.decay)
         opened = (self.factor * kappa).clamp_max(1) * waited
+        tail = positive[1] / (positive[0] + positive[1] + tiny)
+        lifted = ((tail - _MOST_OF_IT) / (1 - _MOST_OF_IT)).clamp_min(0) * (1 - opened) * waited
         share = whole[0] / whole[1]  # 0 / 0 where nothing has come yet
-        return Reading(opened, kappa, share.clamp(0, 1).nan_to_num(0.5))
+        return Reading(opened, kappa, share.clamp(0, 1).nan_to_num(0.5), lifted)
 
     def _spread(self) -> Tensor:
         """The variance of a running mean over that of its values: sum w^2 / (sum w)^2 of its weights w."""

@@ -5,8 +5,9 @@ r"""The rule that knows when: samples are evened out where their tail contradict
 
 * s: the running mean of ``mean |g_i|^2``, as the damping says: tr C of an isotropic Fisher.
 * w_i, the *shape*. p = 1 evens samples out as ``(C + damping I + own g_i g_i' / m)^-1`` does. p = 0 leaves the weights
-  that the loss gave them. p follows the contradiction (``conflict.py``). No sample counts for more than ``most`` times
-  ``mean |g|^2``, whatever p is: beyond that it is scaled down to it.
+  that the loss gave them. p follows the contradiction of the batches before (``conflict.py``).
+* No sample counts for more than ``most`` times ``mean |g|^2``: beyond that it is scaled down to it. Where nearly all
+  signal is in the tail, this bound is lifted (``conflict.py``, too).
 * b: the running mean of ``mean |w_i g_i|^2``. A batch is divided by no less than a third of its own root, so that no
   batch counts for more than three.
 * z, the *size*: how a batch's length follows the gradient's (below).
@@ -70,7 +71,8 @@ class GatedFisher(Curvature):
             p by which samples are always evened out: 0 never, 1 as ``EmpiricalFisher("isotropic")`` does.
         size: how the length of a batch follows that of its gradient: "signal", "norm", "newton", "plain"; "auto" is
             "plain" where a door knows that the optimizer remembers no gradients (SGD), else "signal".
-        most: no sample counts for more than that many times ``mean |g|^2``; infinite: none is bounded.
+        most: no sample counts for more than that many times ``mean |g|^2``, except where nearly all signal is in the
+            tail; infinite: none is bounded.
         length: "gradient": the first twenty steps are as long as their gradients, and the factor between them stays.
             "newton": the units of ``(C + damping I)^-1 g``.
 
@@ -80,7 +82,7 @@ class GatedFisher(Curvature):
 
     structure: Structure = "isotropic"
     power = 1.0
-    reading_names = ("gate", "contradiction", "signal")
+    reading_names = ("gate", "contradiction", "signal", "lifted")
 
     def __init__(
         self,
@@ -155,18 +157,17 @@ class GatedFisher(Curvature):
         s = d * (m / ratio)  # the mean, but for its floor
         even = (1 + ratio) * s
         weights = even / torch.add(even, squared, alpha=damping.averaging.own)  # of samples that are evened out
-        bounded = (self.most * s / squared).clamp_max(1)  # the square of their bound
-        reading, moments = self._read(batch, head, s, bounded * squared, weights, squared <= s)
-        p = reading.opened
-        # mean |w g|^2 with w = 1 - p + p weights, from its parts: p is known after they were summed over the ranks.
-        linear = torch.lerp(moments[:2], moments[1:], p)
-        weighted = torch.lerp(linear[0], linear[1], p)
+        reading = self._reading(head, s)
+        bounded = (self.most * s / squared).clamp_max(1).sqrt()
+        shape = torch.lerp(torch.ones_like(weights), weights, reading.opened)
+        shape = shape * torch.lerp(bounded, torch.ones_like(bounded), reading.lifted)
+        weighted = self._taken_in(batch, head, s, shape.square() * squared, squared <= s)
         b = batch.averaged(self._weighted, weighted)
         bound = b if self._size == "plain" else torch.maximum(b, weighted / _MOST)
         size = self._z(s, reading.signal) * (bound + (s - mean).clamp_min(0)).rsqrt()
         aim = now if self.length == "gradient" else now * (m / even).square()
         size = size * self._length.update(aim, weighted * size.square())
-        by = (size * bounded.sqrt() * torch.lerp(torch.ones_like(weights), weights, p)).reciprocal()
+        by = (size * shape).reciprocal()
         covers = ranks.covers
         return CurvatureStep(
             divide(gradient, by, factor),
@@ -175,16 +176,23 @@ class GatedFisher(Curvature):
             lambda: (mean / m, mean / m),
             finiteness=Finiteness(finite, covers, None, covers),
             sizes=(lambda: (total, (squared / by / by).sum())) if are_large(gradient) else None,
-            readings=dict(zip(self.reading_names, (p, reading.contradiction, reading.signal), strict=True)),
+            readings=dict(zip(self.reading_names, reading, strict=True)),
         )
 
-    def _read(
-        self, batch: Batch, head: HeadRows | None, s: Tensor, squared: Tensor, weights: Tensor, body: Tensor
-    ) -> tuple[Reading, Tensor]:
-        """How far the gate is open, and the means of ``|g|^2`` times the weights to the power 0, 1 and 2, (3,)."""
+    def _reading(self, head: HeadRows | None, s: Tensor) -> Reading:
+        """What the batches before this one say."""
+        if self._looks_at(head):
+            reading = self._conflict.read(s)
+        else:
+            reading = Reading.none(s)._replace(contradiction=torch.full_like(s, torch.nan))
+        if not isinstance(self.gate, GradientConflict):
+            reading = reading._replace(opened=torch.full_like(s, self.gate))
+        return reading
+
+    def _taken_in(self, batch: Batch, head: HeadRows | None, s: Tensor, squared: Tensor, body: Tensor) -> Tensor:
+        """The mean of ``squared``; what the batch says of contradictions is taken in for the next one."""
         looks = self._looks_at(head)
-        first = weights * squared
-        parts = [torch.stack([squared, first, weights * first]).sum(-1)]
+        parts = [squared.sum().reshape(1)]
         metric = s
         if looks:
             assert head is not None
@@ -199,14 +207,9 @@ class GatedFisher(Curvature):
             samples = count[0].clamp_min(1)
         else:
             samples = _as_tensor(batch.samples, s)
-        moments = parts[0] / samples
         if looks:
-            reading = self._conflict.update(parts[1].view(2, -1), parts[2], metric, samples)
-        else:
-            reading = Reading(torch.zeros_like(s), torch.full_like(s, torch.nan), torch.full_like(s, 0.5))
-        if not isinstance(self.gate, GradientConflict):
-            reading = reading._replace(opened=torch.full_like(s, self.gate))
-        return reading, moments
+            self._conflict.update(parts[1].view(2, -1), parts[2], metric, samples)
+        return parts[0][0] / samples
 
     def _looks_at(self, head: HeadRows | None) -> bool:
         return head is not None and self.looks
