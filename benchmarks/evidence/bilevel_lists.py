@@ -37,7 +37,7 @@ from newton_plugin.bilevel import MASOBA, NotConvergedError
 
 __all__ = ["BILEVEL", "BilevelLists", "Training", "found_lists"]
 
-SHOWN = (BASELINE, "soft normalisation", "isotropic", "our rule")
+SHOWN = (BASELINE, "soft normalisation", "isotropic", "our rule", "gated, plain size")
 LR_UPPER, BETA, DECAY, N = 100.0, 0.9, 1e-3, 5
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 
@@ -112,10 +112,10 @@ class Training:
         self.network = nn.Sequential(nn.Flatten(-2), *layers, nn.Flatten(-2))
         self.logits = torch.zeros(len(ranks), requires_grad=True)
         self.each = RankingLoss("neural_sort", temperature=problem.temperature, reduction="none")
-        self.newton = None
+        self.hook = None
         if arm.newton is not None:
             curvature, damping = arm.newton(None)
-            self.newton = npl.NewtonLoss(self._mean, curvature=curvature, damping=damping)
+            self.hook = npl.LossHook(curvature=curvature, damping=damping)
         rate, upper = run.learning_rate, LR_UPPER if run.second is None else run.second
         self.both = MASOBA([self.logits], self.network.parameters(), lr_upper=upper, lr_lower=rate, beta=BETA)
         self.alone = torch.optim.SGD(self.network.parameters(), lr=rate)
@@ -125,16 +125,17 @@ class Training:
         return self.each(scores, ranks).mean()
 
     def _target(self, batch: Tensor) -> Tensor:
-        """What the rule wants the scores to be: a constant, made where the step starts."""
-        assert self.newton is not None
-        scores = self.network(self.images[batch]).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.newton(scores, self.ranks[batch]), scores)
+        """What the rule wants the scores to be: a constant, made where the step starts. The rule sees the network."""
+        assert self.hook is not None
+        scores = self.network(self.images[batch])
+        loss = N * N * self._mean(scores, self.ranks[batch])  # that of plain training: a rule may keep its length
+        (gradient,) = torch.autograd.grad(self.hook(loss), scores)
         return scores.detach() - len(batch) * gradient  # the loss is a mean, its gradient step / N
 
     def step(self) -> None:
         """One step of the lower level; after a fifth of the training one of the upper level with it."""
         batch = torch.randint(len(self.ranks), (self.run.batch,), generator=self.generator)
-        target = None if self.newton is None else self._target(batch)
+        target = None if self.hook is None else self._target(batch)
 
         def lower() -> Tensor:
             scores = self.network(self.images[batch])
