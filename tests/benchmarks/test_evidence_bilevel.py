@@ -58,13 +58,13 @@ def test_about_a_third_is_wrong_and_the_clean_lists_are_others() -> None:
 
 @pytest.mark.parametrize("arm", [a for a in ARMS_SHOWN if a != BASELINE])
 def test_the_lower_level_descends_the_packages_step(arm: str) -> None:
-    """With weights of one, without decay: SGD on the surrogate moves the network as SGD with NewtonLoss does."""
+    """With weights of one, without decay: SGD on the surrogate moves the network as SGD with the hook does."""
     training = _training("noisy_equal", arm, rate=0.1)
     twin = _training("noisy_equal", arm, rate=0.1)
     curvature, damping = ARMS[arm].newton(None)  # type: ignore[misc]
-    loss_fn = npl.NewtonLoss(twin._mean, curvature=curvature, damping=damping)
+    hook = npl.LossHook(curvature=curvature, damping=damping)
     batch = torch.randint(400, (64,), generator=twin.generator)
-    loss = loss_fn(twin.network(twin.images[batch]), twin.ranks[batch])
+    loss = hook(25 * twin._mean(twin.network(twin.images[batch]), twin.ranks[batch]))
     (loss + bilevel_lists.DECAY * sum(p.square().sum() for p in twin.network.parameters())).backward()
     training.step()
     for moved, p in zip(training.network.parameters(), twin.network.parameters(), strict=True):
