@@ -65,7 +65,7 @@ def write_tables(out: Path, every: Mapping[str, Problem]) -> list[Path]:
             names = [name for name in every if any(run.problem == name for run in done if run.purpose == "report")]
             written.append(out.with_name(f"{out.name}_{table}.png"))
             curves(written[-1], names, every, done, read_times(out / "times.jsonl"))
-    for what, table in itertools.product(("noretune", "fresh"), ("no_harm", "live")):
+    for what, table in itertools.product(("noretune", "fresh"), ("no_harm", "live", "paths")):
         done = Lines(out / f"{what}_{table}.jsonl").by_run()
         if done:
             reported.append(f"{what}_{table}")
