@@ -37,7 +37,7 @@ def _case(loss: str, shape: tuple[int, ...], feature_dims: int | None, dtype: st
             found = {name: finding for name, finding in report.findings.items() if name != "cost"}
             for name, finding in found.items():
                 record.put(name, [finding.status, finding.verdict, finding.cause, finding.remedy])
-            record.put("chosen", [report.curvature, report.why, report.auto, report.asked])
+            record.put("chosen", [*report.available, report.without_hessian, report.asked, report.advice.take])
             untimed = dataclasses.replace(
                 report.cost, status="skipped", verdict="", words="timed", remedy="", number=None
             )
