@@ -4,15 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The lower ends of the declared ranges are tried on the oldest Python, where there is one.
+OLDEST_PYTHON ?= $(PYTHON)
 
-.PHONY: demo test test-slow test-oldest lint types docs gallery examples package clean
+.PHONY: demo test test-slow test-oldest test-python lint types docs gallery examples package release-dry-run clean
 
+# Says what it does and how far it is, in both of its parts.
 demo: $(VENV)/.examples
-	$(BIN)/python -m examples.demo
+	@echo "Loading torch, then training with and without the callback (some minutes on two cores):"
+	@$(BIN)/python -m examples.demo
 
 # One process a core with one thread each; a file stays in one process, for what its tests share.
 PYTEST := -m pytest -n auto --dist loadfile
-test test-slow test-oldest: export OMP_NUM_THREADS = 1
+test test-slow test-oldest test-python: export OMP_NUM_THREADS = 1
 
 test: $(VENV)/.dev
 	$(BIN)/python $(PYTEST) -m "not slow"
@@ -24,13 +28,17 @@ test-slow: $(VENV)/.dev
 CORE_TESTS := $(addprefix tests/,boundary curvature derivatives doors faults functional identities linalg runtime step)
 
 # The lower ends of the declared ranges, in an environment of their own (a download of several GB on Linux).
-test-oldest: .venv-oldest/.dev
+test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python $(PYTEST) -m "not slow" $(CORE_TESTS) tests/lightning tests/distributed
 
-.venv-oldest/.dev: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+.venv-oldest/.test: pyproject.toml constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
 	@touch $@
+
+# A quick part of the core and the Lightning callback, in the environment VENV that .ci/pythons makes for each Python.
+test-python:
+	$(BIN)/python $(PYTEST) -m "not slow" $(addprefix tests/,doors identities runtime step lightning)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,7 +48,7 @@ types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The site build/site/index.html, from README, docs/ and benchmarks/ as they are; nothing is fetched.
-docs: $(VENV)/.dev
+docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env -j 1 -q -b html -c docs . build/site
 
 gallery: $(VENV)/.examples
@@ -86,17 +94,27 @@ package: $(VENV)/.dev
 	$(CLEAN)/bin/python -I tests/packaging/installed.py lightning transformers
 	rm -rf $(CLEAN)
 
+# RELEASING.md as far as a machine can follow it; nothing is uploaded, tagged or changed.
+release-dry-run:
+	.ci/release-dry-run
+
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.examples: pyproject.toml constraints.txt $(VENV)/.python
-	$(PIP) -e ".[examples]"
+	@echo "Installing torch, Lightning, scikit-learn, matplotlib and what they need, into $(VENV):"
+	@$(BIN)/python -m examples.installing -c constraints.txt -e ".[examples]"
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.python
+	$(PIP) -e ".[docs]"
+	@touch $@
+
+# It has what the others have.
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.python
 	$(PIP) -e ".[dev]"
-	@touch $@
+	@touch $(VENV)/.examples $(VENV)/.docs $@
 
 clean:
 	rm -rf $(VENV) .venv-oldest build dist

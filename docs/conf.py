@@ -6,6 +6,7 @@ Sphinx's source folder is the *repository*, not docs/: a link such as ../benchma
 on a code host and on the site, and the measured tables are pages of the site without being copied. Nothing is fetched.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -17,13 +18,16 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "docs" / "_parts")]
 from docstrings import as_rest  # noqa: E402
 from pages import with_title, with_unnamed, with_unnamed_objects  # noqa: E402
+from questions import with_entries  # noqa: E402
+
+QUESTIONS = (ROOT / "docs" / "questions.md").read_text()
 
 project = "newton_plugin"
 author = "The newton_plugin developers"
 copyright = "The newton_plugin developers; Apache-2.0"
 version = release = newton_plugin.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "formulas"]
 root_doc = "docs/index"
 include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "benchmarks/*.md", "benchmarks/results/*.md"]
 exclude_patterns = [".*", "build", "dist", "src", "integrations", "tests", "examples", "docs/_parts"]
@@ -42,6 +46,9 @@ python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"newton_plugin {release}"
+html_math_renderer = "mathml"  # of the extension "formulas"
+html_static_path = ["_parts/static"]
+html_css_files = ["site.css"]
 html_extra_path = ["_parts/index.html"]  # the site's own first page, which leads to docs/index.html
 html_show_sphinx = False
 html_copy_source = False
@@ -54,8 +61,9 @@ html_theme_options = {
 
 def change_page(app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = with_unnamed(page, with_title(page, source[0]), ROOT)
-    if page == "docs/api/newton_plugin":
-        source[0] = with_unnamed_objects(source[0], newton_plugin)
+    source[0] = with_entries(page, source[0], QUESTIONS)
+    if page.startswith("docs/api/"):
+        source[0] = with_unnamed_objects(source[0], importlib.import_module(Path(page).name))
 
 
 def change_docstring(app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]) -> None:

@@ -35,8 +35,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         for arm in setting.arms
     ]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        bar = progress.add_task(f"training {len(jobs)} networks", total=len(jobs) * options.steps)
-        runs = list(train_all(jobs, options.workers, lambda steps: progress.advance(bar, steps)))
+        bar = progress.add_task("loading torch and Lightning", total=len(jobs) * options.steps)
+
+        def advance(steps: int) -> None:
+            progress.update(bar, advance=steps, description=f"training {len(jobs)} networks")
+
+        runs = list(train_all(jobs, options.workers, advance))
 
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "runs.json").write_text(json.dumps(runs, indent=1) + "\n")

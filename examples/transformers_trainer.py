@@ -2,7 +2,7 @@
 
 A tiny BERT with random weights (nothing is downloaded) reads a list of pictures of digits as a text, one word for each
 picture, and learns to rank them from nothing but their order. A language model or a classifier needs no function of its
-own: ``NewtonLosses()`` is their cross-entropy.
+own: ``NewtonTrainerLoss()`` is their cross-entropy.
 
     python -m examples.transformers_trainer
 """
@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForTokenClassification, Trainer, Traini
 
 from examples.digit_lists import DigitLists
 from examples.digit_scorer import LENGTH, ranking_loss
-from newton_plugin_transformers import NewtonLosses
+from newton_plugin_transformers import NewtonTrainerLoss
 
 
 def lists(part: Any, count: int) -> list[dict[str, Tensor]]:
@@ -40,7 +40,7 @@ def main(steps: int) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(**sizes, vocab_size=1, max_position_embeddings=LENGTH, num_labels=1, pad_token_id=None)
-    newton = NewtonLosses(loss_fn)
+    newton = NewtonTrainerLoss(loss_fn)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

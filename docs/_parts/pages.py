@@ -10,6 +10,8 @@ from types import ModuleType
 
 _RESULTS = "<!-- results that this page does not name -->"
 _PAGES = "<!-- pages that this list does not name -->"
+# The sidebar has one entry for all tables, which opens.
+_TABLES = "\n```{toctree}\n:hidden:\n:glob:\n\n../benchmarks/*\n../benchmarks/results/*\n```\n"
 
 
 def with_title(page: str, text: str) -> str:
@@ -28,6 +30,7 @@ def with_title(page: str, text: str) -> str:
 def with_unnamed(page: str, text: str, root: Path) -> str:
     """docs/measured.md with links to the tables, docs/index.md with the pages, that their authors have not named."""
     if page == "docs/measured":
+        text += _TABLES
         names = [file.stem for file in sorted((root / "benchmarks" / "results").glob("*.md"))]
         links = {name: f"../benchmarks/results/{name}.md" for name in names}
         lines = [f"* [{name.replace('_', ' ')}]({link})" for name, link in links.items() if link not in text]
@@ -42,19 +45,24 @@ def with_unnamed(page: str, text: str, root: Path) -> str:
 
 
 def with_unnamed_objects(text: str, package: ModuleType) -> str:
-    """The reference of the core is in sections; a public name that is in none of them comes after the last.
+    """A page of the reference is in sections; a public name that is in none of them comes after the last.
 
     >>> import newton_plugin
     >>> page = with_unnamed_objects("```{eval-rst}\\n.. autofunction:: newton_plugin.newton_loss\\n```", newton_plugin)
     >>> page.count("newton_plugin.newton_loss\\n"), page.count(".. autoclass:: newton_plugin.LossHook\\n")
     (1, 1)
     """
-    named = set(re.findall(rf"^\.\. auto\w+:: {package.__name__}\.(\w+)$", text, re.MULTILINE))
+    named = set(re.findall(rf"^\.\. auto\w+:: {re.escape(package.__name__)}\.(\w+)$", text, re.MULTILINE))
     objects = {name: getattr(package, name) for name in package.__all__ if name not in named}
     lines = [
-        f".. {'autoclass' if isclass(thing) else 'autofunction'}:: {package.__name__}.{name}"
-        for name, thing in objects.items()
-        if not ismodule(thing)
+        f".. {_directive(thing)}:: {package.__name__}.{name}" for name, thing in objects.items() if not ismodule(thing)
     ]
-    more = "\n".join(["", "Further", "-------", "", *lines, "```"]) if lines else "```"
+    title = f"Further names of {package.__name__}"  # one of a kind: titles are labels
+    more = "\n".join(["", title, "-" * len(title), "", *lines, "```"]) if lines else "```"
     return text.rstrip().removesuffix("```") + more + "\n"
+
+
+def _directive(thing: object) -> str:
+    if not isclass(thing):
+        return "autofunction"
+    return "autoexception" if issubclass(thing, BaseException) else "autoclass"

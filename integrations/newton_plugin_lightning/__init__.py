@@ -11,10 +11,22 @@ import difflib
 
 from newton_plugin_lightning._bases import LightningMissingError
 from newton_plugin_lightning._callback import NewtonLosses
+from newton_plugin_lightning._compare.comparison import compare
+from newton_plugin_lightning._compare.errors import ComparisonError
+from newton_plugin_lightning._look import look
 from newton_plugin_lightning._path_metrics import CostRatio, PathAccuracy
 from newton_plugin_lightning._rank_accuracy import RankAccuracy
 
-__all__ = ["CostRatio", "LightningMissingError", "NewtonLosses", "PathAccuracy", "RankAccuracy"]
+__all__ = [
+    "ComparisonError",
+    "CostRatio",
+    "LightningMissingError",
+    "NewtonLosses",
+    "PathAccuracy",
+    "RankAccuracy",
+    "compare",
+    "look",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -20,9 +18,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from newton_plugin import ArgumentError, ArgumentTypeError, Curvature, Damping, LossHook
-from newton_plugin_lightning._bases import TREES, CallbackBase
+from newton_plugin import ArgumentTypeError, Curvature, Damping, LossHook
+from newton_plugin_lightning._arguments import check_every, check_flag, check_start_step, check_stop_step, differing
+from newton_plugin_lightning._bases import CallbackBase
+from newton_plugin_lightning._observer import Observer
 from newton_plugin_lightning._patch import MethodPatch
+from newton_plugin_lightning._telling import tell, warn_of_lbfgs
+from newton_plugin_lightning._uncompiled import Uncompiled
 
 __all__ = ["NewtonLosses"]
 
@@ -60,6 +62,9 @@ class NewtonLosses(CallbackBase):
         feature_dims: Dimensions of the outputs that belong to one sample; all but the first if not given. For
             (N, C, H, W) with a loss per pixel: 1.
         start_step: Leave the first optimizer steps (``trainer.global_step``) plain, as a warm-up.
+        stop_step: Leave the steps from this one on plain; None: never.
+        enabled: False: training is plain. The attribute of that name switches a running training from the next batch
+            on, on all ranks alike; the running curvature is kept.
         sync: In distributed training, average C over all processes, so that they take the step of one process with
             the whole batch. "lagged": with the averages of the step before, and no process waits for another (an
             approximation; structure "isotropic" or "per_sample", or curvature "norm"). False: each uses the C of its
@@ -68,7 +73,10 @@ class NewtonLosses(CallbackBase):
         compile_step: Compile what happens between gradient and step by ``torch.compile``: a few kernels in place of
             about 30 operations, after some seconds at the first step. Without a compiler steps are eager.
         log: Log gradient norm, step norm, extreme eigenvalues of C, damping and fallbacks through the
-            Trainer's logger, as ``newton/...``, every ``log_every_n_steps``.
+            Trainer's logger, as ``newton/...``, every ``log_every_n_steps``; and say at the end of ``fit`` what the
+            steps did.
+        log_figures_every_n_steps: Draw the eigenvalues of C and the sizes of the samples' gradients into TensorBoard
+            or W&B, every so many optimizer steps; needs matplotlib. None: never.
         prog_bar: Show ``newton/step_norm`` in the progress bar, as often; also without a logger.
 
     Raises:
@@ -87,38 +95,50 @@ class NewtonLosses(CallbackBase):
         boundary: str | list[str] = "auto",
         feature_dims: int | list[int] | None = None,
         start_step: int = 0,
+        stop_step: int | None = None,
+        enabled: bool = True,
         sync: bool | Literal["lagged"] = True,
         compile_step: bool = False,
         log: bool = True,
+        log_figures_every_n_steps: int | None = None,
         prog_bar: bool = False,
     ) -> None:
         super().__init__()
-        self.hook = LossHook(
-            curvature=curvature,
-            damping=damping,
-            structure=structure,
-            power=power,
-            reduction=reduction,
-            boundary=boundary,
-            feature_dims=feature_dims,
-            sync=sync,
-            compile_step=_check_flag("compile_step", compile_step),
-        )
-        self.start_step = _check_start_step(start_step)
+        self._rule = {
+            "curvature": curvature,
+            "damping": damping,
+            "structure": structure,
+            "power": power,
+            "reduction": reduction,
+            "boundary": boundary,
+            "feature_dims": feature_dims,
+            "sync": sync,
+            "compile_step": check_flag("compile_step", compile_step),
+        }
+        self.hook = LossHook(**self._rule)
+        self.start_step = check_start_step(start_step)
+        self.stop_step = check_stop_step(stop_step, self.start_step)
+        self.enabled = check_flag("enabled", enabled)
         # Not `self.log`: Lightning puts the module's own `log` there, on every callback.
-        self.log_diagnostics = _check_flag("log", log)
-        self.prog_bar = _check_flag("prog_bar", prog_bar)
+        self.log_diagnostics = check_flag("log", log)
+        self.log_figures_every_n_steps = check_every("log_figures_every_n_steps", log_figures_every_n_steps)
+        self.prog_bar = check_flag("prog_bar", prog_bar)
         self._initial_state = copy.deepcopy(self.hook.state_dict())
         self._module: weakref.ref[nn.Module] | None = None
         self._forget_fit()
 
+    def __repr__(self) -> str:
+        names = ("start_step", "stop_step", "enabled", "log_figures_every_n_steps", "prog_bar")
+        own = {name: getattr(self, name) for name in names}
+        return f"NewtonLosses({differing(NewtonLosses, {**self._rule, **own, 'log': self.log_diagnostics})})"
+
     def _forget_fit(self) -> None:
         self._patch: MethodPatch | None = None
-        self._attached = False
+        self._observer: Observer | None = None
+        self._attached = self._checked = self._near = False
         self._hooked = False
-        self._log_now = False
         self._losses = 0
-        self._compiled = False
+        self._uncompiled = Uncompiled()
         self._told = False
 
     @override
@@ -136,12 +156,14 @@ class NewtonLosses(CallbackBase):
             return self._training_step(trainer, pl_module, original, *args, **kwargs)
 
         def manual_backward(original: Callable[..., Any], loss: Any, *args: Any, **kwargs: Any) -> Any:
-            if _is_training(trainer):
+            if self._near and _is_training(trainer):
                 self._apply(trainer, loss)
             return original(loss, *args, **kwargs)
 
         around = {"training_step": training_step, "manual_backward": manual_backward}
         self._patch = MethodPatch(pl_module, around)
+        figures = self.log_figures_every_n_steps
+        self._observer = Observer(self.hook, trainer, self.log_diagnostics, self.prog_bar, figures)
 
     @override
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -178,70 +200,78 @@ class NewtonLosses(CallbackBase):
         self._hooked, self._losses = False, 0
         if not _is_training(trainer):
             return original(*args, **kwargs)
-        if not self._attached:
-            # Not in our setup: the module's own setup and configure_model run later and may add layers.
-            self.hook.attach(module)
-            with contextlib.suppress(ArgumentTypeError):  # a strategy's own, of which nothing is known
-                self.hook.set_optimizer(trainer.optimizers)
-            self._attached = True
-        self._log_now = self._logs_this_step(trainer)
+        assert self._observer is not None
+        self._near = self._switched_on(trainer, module)
+        if not self._near:
+            return original(*args, **kwargs)
+        self._observer.step_begins()
         with self.hook.watch():
             output = self._uncompiled(original)(*args, **kwargs)
         if module.automatic_optimization:
             self._apply(trainer, output.get("loss") if isinstance(output, Mapping) else output)
         else:
-            self._log(module)  # in manual optimization, training_step has run the backward passes itself
+            self._after_step(module)  # in manual optimization, training_step has run the backward passes itself
         return output
+
+    def _switched_on(self, trainer: Any, module: Any) -> bool:
+        """Whether this batch may take steps. While batches do not, the hook leaves nothing in the module.
+
+        In manual optimization start_step may come in the middle of a batch: each optimizer step counts.
+
+        Not in our setup: the module's own setup and configure_model run later and may add layers. Names that mean
+        nothing are refused at the first batch, also before start_step.
+        """
+        on = self.enabled and self._in_time(trainer, not module.automatic_optimization)
+        if not self._attached and (on or (self.enabled and not self._checked)):
+            self.hook.attach(module)
+            with contextlib.suppress(ArgumentTypeError):  # a strategy's own, of which nothing is known
+                self.hook.set_optimizer(trainer.optimizers)
+            self._attached = self._checked = True
+        if self._attached and not on:
+            self.hook.detach()
+            self._attached = False
+        return on
+
+    def _in_time(self, trainer: Any, soon: bool = False) -> bool:
+        """Whether the optimizer steps so far lie between start_step and stop_step; with ``soon``, or before both."""
+        step = trainer.global_step
+        return (soon or step >= self.start_step) and (self.stop_step is None or step < self.stop_step)
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A batch begins; the summary tells how long they take."""
+        if self._observer is not None:
+            self._observer.batch_begins()
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """It ends."""
+        if self._observer is not None:
+            self._observer.batch_ends()
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what the steps of this fit did."""
+        if self._observer is not None:
+            self._observer.fit_ends()
 
     @override
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Log the diagnostics of the step that this backward pass has taken."""
         if pl_module.automatic_optimization:
-            self._log(pl_module)
+            self._after_step(pl_module)
 
-    def _logs_this_step(self, trainer: Any) -> bool:
-        """Whether Lightning's logger writes after this step. Reading diagnostics waits for the device."""
-        every = trainer.log_every_n_steps
-        wanted = self.prog_bar or (self.log_diagnostics and bool(trainer.loggers))
-        if not wanted or trainer.barebones or every == 0:
-            return False
-        stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-        return (stepped + 1) % every == 0
-
-    def _log(self, module: Any) -> None:
-        if not (self._log_now and self._hooked):
-            return
-        self._log_now = False
-        to_logger = self.log_diagnostics and bool(module.trainer.loggers)
-        for name, value in self.hook.diagnostics().items():
-            in_bar = self.prog_bar and name == "step_norm"
-            if to_logger or in_bar:
-                where = {"logger": to_logger, "prog_bar": in_bar, "on_step": True, "on_epoch": False}
-                module.log(f"newton/{name}", value, batch_size=1, **where)
-
-    def _uncompiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """``training_step`` as it was before ``torch.compile(module)``; ``forward`` stays compiled.
-
-        A compiled step is one operation from the batch to the loss, without outputs in between.
-        """
-        eager = getattr(step, "_torchdynamo_orig_callable", None)
-        if eager is None:
-            return step
-        if not self._compiled:
-            self._compiled = True
-            warnings.warn(
-                "NewtonLosses calls training_step outside torch.compile, because a compiled one does not show the "
-                "outputs that enter the loss. forward() stays compiled: let training_step call self(batch), or compile "
-                "the network in it, self.net = torch.compile(net), to keep the speed.",
-                stacklevel=2,
-            )
-        return eager
+    def _after_step(self, module: Any) -> None:
+        if self._hooked and self._observer is not None:
+            self._observer.step_ended(module)
 
     def _apply(self, trainer: Any, loss: Any) -> None:
         # None skips the step; what is neither that nor a tensor is for Lightning to refuse.
-        if isinstance(loss, Tensor) and trainer.global_step >= self.start_step:
+        if isinstance(loss, Tensor) and self._in_time(trainer):
+            assert self._observer is not None
             # In manual optimization the k-th loss of a batch (a GAN's two, say) keeps a curvature of its own.
-            self.hook(loss, name=f"loss{self._losses + 1}" if self._losses else "")
+            with self._observer.hooked():
+                self.hook(loss, name=f"loss{self._losses + 1}" if self._losses else "")
             if not self._told and self.hook.boundaries:
                 self._tell(trainer)
             self._hooked = True
@@ -250,15 +280,8 @@ class NewtonLosses(CallbackBase):
     def _tell(self, trainer: Any) -> None:
         """Say once what was found, and what does not fit."""
         self._told = True
-        if trainer.is_global_zero:
-            _logger_of(trainer).info("NewtonLosses: the step is taken at %s", self.hook.describe())
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
-            warnings.warn(
-                "NewtonLosses with LBFGS: it compares values of the loss along the gradient, and the gradient is now a "
-                "step, not that of the value. Measured, it ends far from where it ends without (docs/choosing.md). "
-                "Use a first-order optimizer, or leave the callback out.",
-                stacklevel=2,
-            )
+        tell(trainer, "NewtonLosses: the step is taken at %s", self.hook.describe())
+        warn_of_lbfgs(trainer)
 
     def _unwrap(self) -> None:
         if self._patch is not None:
@@ -270,32 +293,9 @@ class NewtonLosses(CallbackBase):
         """Copies and pickles belong to no ``fit``: they have the settings and the running state, and no module."""
         left_out = ("log", "log_dict")  # set by Lightning, bound to the module
         state = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**state, "_patch": None, "_module": None, "_attached": False, "_hooked": False}
+        return {**state, "_patch": None, "_module": None, "_observer": None, "_attached": False, "_hooked": False}
 
 
 def _is_training(trainer: Any) -> bool:
     """Whether this is training. Validation may call the module's own training_step, which then stays plain."""
     return trainer.training and torch.is_grad_enabled()
-
-
-def _logger_of(trainer: Any) -> logging.Logger:
-    """The one in which this Trainer tells what it found (GPU available, ...), so that the line is seen beside those."""
-    modules = [kind.__module__ for kind in type(trainer).__mro__]
-    used = (tree for tree in TREES if any(m.startswith(tree) for m in modules))
-    return logging.getLogger(next(used, "newton_plugin_lightning"))
-
-
-def _check_start_step(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(
-            f"start_step must be a number of optimizer steps, an integer; got {value!r} of type {type(value).__name__}."
-        )
-    if value < 0:
-        raise ArgumentError(f"start_step must be 0 (from the beginning) or positive; got {value!r}.")
-    return value
-
-
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ArgumentTypeError(f"{name} must be True or False; got {value!r} of type {type(value).__name__}.")
-    return value

@@ -1,19 +1,21 @@
-"""``python -m newton_plugin_lightning``: Lightning's own command line, on whichever Lightning is installed.
+"""``python -m newton_plugin_lightning``: Lightning's own command line, on the Lightning that the module belongs to.
 
 Model, data and callbacks are named in the configuration (``class_path``), so there is nothing to write:
 
     python -m newton_plugin_lightning fit --config examples/rank_digits.yaml
     python -m newton_plugin_lightning fit --trainer.callbacks.help=newton_plugin_lightning.NewtonLosses
+    python -m newton_plugin_lightning compare --config examples/compare.yaml --metric val/full --mode max --out runs
 """
 
 from __future__ import annotations
 
-import importlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from newton_plugin import NewtonPluginError
-from newton_plugin_lightning._bases import first_tree
+from newton_plugin_lightning._cli_errors import in_one_line
+from newton_plugin_lightning._lightning_cli import lightning_cli
+from newton_plugin_lightning._trees import configured_tree
 
 __all__ = ["main", "run"]
 
@@ -26,40 +28,28 @@ def run(args: list[str] | None = None) -> Any:
     Args:
         args: the command line's arguments; those of this process if not given.
     """
-    tree = first_tree()
-    lightning, cli = importlib.import_module(tree), importlib.import_module(f"{tree}.cli")
-
-    class SaveConfigBesideLogs(cli.SaveConfigCallback):
-        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            if trainer.loggers:
-                super().setup(trainer, pl_module, stage)
-
-    return cli.LightningCLI(
-        lightning.LightningModule,
-        lightning.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=SaveConfigBesideLogs,
-        save_config_kwargs={"overwrite": True},
-        args=args,
-    )
+    return lightning_cli(configured_tree(sys.argv[1:] if args is None else args), args, exit_on_error=False)
 
 
-def main(args: list[str] | None = None) -> int:
-    """:func:`run`; errors of this package are printed in one line, without a traceback. Returns the exit status."""
+def main(args: Sequence[str] | None = None) -> int:
+    """:func:`run`, or a command of ours. Errors in arguments and of this package are printed in one line, without a
+    traceback. Returns the exit status."""
+    given = list(sys.argv[1:] if args is None else args)
     try:
-        run(args)
+        if given[:1] == ["compare"]:
+            from newton_plugin_lightning._compare.command import command
+
+            command(given[1:])
+        elif given[:1] == ["look"]:
+            from newton_plugin_lightning._look_command import look_command
+
+            return look_command(given[1:])
+        else:
+            run(None if args is None else given)
     except Exception as error:
-        ours = _first_of_ours(error)
-        if ours is None:
+        line = in_one_line(error)
+        if line is None:
             raise
-        print(f"error: {ours}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
     return 0
-
-
-def _first_of_ours(error: BaseException | None) -> NewtonPluginError | None:
-    """The error, or the one it was raised from, that is ours: jsonargparse wraps the errors of constructors."""
-    while error is not None and not isinstance(error, NewtonPluginError):
-        error = error.__cause__
-    return error

@@ -1,4 +1,4 @@
-"""NewtonLosses: a ``compute_loss_func`` for the Hugging Face Trainer.
+"""NewtonTrainerLoss: a ``compute_loss_func`` for the Hugging Face Trainer.
 
 What the Trainer does with the loss, and what follows for the step:
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -32,12 +33,12 @@ from newton_plugin import ArgumentError, ArgumentTypeError, Curvature, Damping, 
 from newton_plugin_transformers._base import CallbackBase
 from newton_plugin_transformers._rows import Rows, select_rows
 
-__all__ = ["NewtonLosses"]
+__all__ = ["NewtonTrainerLoss"]
 
 _FILE = "newton_losses.pt"
 
 
-class NewtonLosses(CallbackBase):
+class NewtonTrainerLoss(CallbackBase):
     """Trains with Newton Losses in a Hugging Face Trainer.
 
     ``Trainer(..., compute_loss_func=newton, callbacks=[newton])``: as ``compute_loss_func`` it takes the Newton step
@@ -57,16 +58,20 @@ class NewtonLosses(CallbackBase):
         curvature, damping, structure, power, feature_dims, sync, compile_step: see :class:`newton_plugin.LossHook`.
             A matrix C over a vocabulary of V words (structure "mean") is of V x V numbers; see
             ``docs/integrations.md``.
+        start_step: leave the first optimizer steps (``state.global_step``) plain, as a warm-up. Asks for the callback.
+        stop_step: leave the steps from this one on plain; None: never. Asks for the callback, too.
+        enabled: False: the loss is plain. The attribute of that name switches a running training, on all ranks alike;
+            the running curvature is kept.
         log: as a callback, add the diagnostics of the last step to the logs.
 
     Raises:
         ArgumentError, ArgumentTypeError: a wrong argument, when it is made; labels or logits that do not fit, at the
-            first step.
+            first step; ``start_step`` or ``stop_step`` where the Trainer does not have it among its callbacks.
 
     Example:
         >>> import torch
-        >>> from newton_plugin_transformers import NewtonLosses
-        >>> newton = NewtonLosses(damping=1.0, label_smoothing=0.1)
+        >>> from newton_plugin_transformers import NewtonTrainerLoss
+        >>> newton = NewtonTrainerLoss(damping=1.0, label_smoothing=0.1)
         >>> logits, labels = torch.zeros(4, 2, requires_grad=True), torch.tensor([0, 1, -100, 1])
         >>> loss = newton({"logits": logits}, labels, num_items_in_batch=6)  # 3 labels here, 3 in another batch
         >>> bool(torch.isclose(loss, 3 / 6 * torch.tensor(2.0).log()))
@@ -87,11 +92,16 @@ class NewtonLosses(CallbackBase):
         feature_dims: int | list[int] | None = None,
         sync: bool | Literal["lagged"] = True,
         compile_step: bool = False,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        enabled: bool = True,
         log: bool = True,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise ArgumentTypeError(f"loss_fn must be callable, or None; got {type(loss_fn).__name__}.")
         _check_flags(per_label=per_label, shift_labels=shift_labels, log=log)
+        self.start_step, self.stop_step = _check_steps(start_step, stop_step)
+        self._step: int | None = None  # of the Trainer, where the callback is told
         self.per_label = loss_fn is None if per_label is None else per_label
         if not self.per_label and (shift_labels or loss_fn is None):
             name = "shift_labels=True" if shift_labels else "the default loss"
@@ -100,19 +110,37 @@ class NewtonLosses(CallbackBase):
         self.loss_fn, self.shift_labels, self.log_diagnostics = loss_fn, shift_labels, log
         # The selected rows pass through this module, which gives the boundary a name.
         self._rows = nn.ModuleDict({"rows": nn.Identity()})
-        self.hook = LossHook(
-            curvature=curvature,
-            damping=damping,
-            structure=structure,
-            power=power,
-            boundary="rows",
-            feature_dims=feature_dims,
-            sync=sync,
-            compile_step=compile_step,
-            module=self._rows,
-        )
+        self._rule = {
+            "curvature": curvature,
+            "damping": damping,
+            "structure": structure,
+            "power": power,
+            "feature_dims": feature_dims,
+            "sync": sync,
+            "compile_step": compile_step,
+        }
+        self.hook = LossHook(**self._rule, boundary="rows", module=self._rows, enabled=enabled)
         self._initial_state = copy.deepcopy(self.hook.state_dict())
         self._model: weakref.ref[Any] | None = None
+
+    def __repr__(self) -> str:
+        names = ("per_label", "shift_labels", "label_smoothing", "start_step", "stop_step", "enabled")
+        own = {"loss_fn": self.loss_fn, **{name: getattr(self, name) for name in names}}
+        own["per_label"] = None if self.per_label == (self.loss_fn is None) else self.per_label
+        given = {**own, **self._rule, "log": self.log_diagnostics}
+        defaults = {k: p.default for k, p in inspect.signature(NewtonTrainerLoss).parameters.items()}
+        shown = {k: v for k, v in given.items() if type(v) is not type(defaults[k]) or v != defaults[k]}
+        return f"NewtonTrainerLoss({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether losses take steps; may be set at any time."""
+        return self.hook.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        _check_flags(log=True, enabled=value)
+        self.hook.enabled = value
 
     def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of one batch, whose backward pass sends the Newton step.
@@ -125,8 +153,20 @@ class NewtonLosses(CallbackBase):
         rows = select_rows(outputs, labels, self.per_label, self.shift_labels)
         logits = self._rows["rows"](rows.logits)
         loss = self._loss(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, rows)
-        loss = self.hook(loss)
+        if self._in_time():
+            loss = self.hook(loss)
         return loss if num_items_in_batch is None else loss * rows.count / num_items_in_batch
+
+    def _in_time(self) -> bool:
+        """Whether the Trainer's step lies between ``start_step`` and ``stop_step``."""
+        if self.start_step == 0 and self.stop_step is None:
+            return True
+        if self._step is None:
+            raise ArgumentError(
+                f"start_step={self.start_step}, stop_step={self.stop_step}: the steps of the Trainer are not known, "
+                "because NewtonTrainerLoss is not among its callbacks. Add it: Trainer(..., callbacks=[newton])."
+            )
+        return self.start_step <= self._step and (self.stop_step is None or self._step < self.stop_step)
 
     def _loss(self, logits: Tensor, rows: Rows) -> Tensor:
         if self.per_label and rows.count == 0:  # there is no mean, but every rank has to call the hook at every step
@@ -146,6 +186,11 @@ class NewtonLosses(CallbackBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.hook.load_state_dict(state)
+
+    @override
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Learn how many optimizer steps there have been."""
+        self._step = state.global_step
 
     @override
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -172,8 +217,8 @@ class NewtonLosses(CallbackBase):
             self.load_state_dict(torch.load(file, weights_only=True))
         elif state.global_step:
             warnings.warn(
-                f"NewtonLosses resumes without its running curvature: there is no {file}. It is measured anew from the "
-                "next step on. If the file lies elsewhere, pass it to load_state_dict().",
+                f"NewtonTrainerLoss resumes without its running curvature: there is no {file}. It is measured anew "
+                "from the next step on. If the file lies elsewhere, pass it to load_state_dict().",
                 stacklevel=2,
             )
 
@@ -185,7 +230,7 @@ class NewtonLosses(CallbackBase):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles: settings and running state, no model."""
-        return {**vars(self), "_model": None}
+        return {**vars(self), "_model": None, "_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -212,3 +257,19 @@ def _check_smoothing(value: Any, loss_fn: Any) -> float:
             f"label_smoothing belongs to the default loss; got {value!r} together with loss_fn. Smooth in loss_fn."
         )
     return float(value)
+
+
+def _check_steps(start_step: Any, stop_step: Any) -> tuple[int, int | None]:
+    for name, value in (("start_step", start_step), ("stop_step", stop_step)):
+        if isinstance(value, bool) or not (isinstance(value, int) or (value is None and name == "stop_step")):
+            raise ArgumentTypeError(
+                f"{name} must be a number of optimizer steps; got {value!r} of type {type(value).__name__}."
+            )
+    if start_step < 0:
+        raise ArgumentError(f"start_step must be 0 (from the beginning) or positive; got {start_step!r}.")
+    if stop_step is not None and stop_step <= start_step:
+        raise ArgumentError(
+            f"stop_step must be larger than start_step={start_step}; got {stop_step!r}, so that no step would be "
+            "taken. Take enabled=False for that, or None never to stop."
+        )
+    return start_step, stop_step

@@ -48,7 +48,7 @@ def verdicts(report: Any) -> dict[str, str]:
     """Of every finding but the cost, which is a time."""
     found = {k: v.verdict for k, v in vars(report).items() if hasattr(v, "verdict")}
     found.pop("cost")
-    return {**found, "curvature": report.curvature, "why": report.why}
+    return {**found, "available": str(report.available), "without": report.without_hessian}
 
 
 @pytest.mark.parametrize("name", [*NAMES, "flat", "once", "coupled", "dropped"])

@@ -345,7 +345,10 @@ def test_states_of_other_curvatures_are_refused_and_change_nothing() -> None:
     for t in range(5):
         trained(gated, net, t)
     before = copy.deepcopy(gated.state_dict())
-    others: list[dict[str, Any]] = [{}, {"structure": "mean"}, {"curvature": "norm"}, {"structure": "per_sample"}]
+    others: list[dict[str, Any]] = [
+        *({"structure": structure} for structure in ("isotropic", "mean", "per_sample")),
+        {"curvature": "norm"},
+    ]
     for options in others:
         hook = npl.LossHook(**options)
         for t in range(3):

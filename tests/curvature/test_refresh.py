@@ -12,11 +12,10 @@ from tests import twins
 from torch import Tensor, nn
 
 import newton_plugin as npl
-from newton_plugin._curvature.auto import AutoCurvature
 
 G = torch.Generator().manual_seed(0)
 BATCHES = torch.randn(7, 6, 4, generator=G, dtype=torch.float64)
-MADE = [npl.EmpiricalFisher, npl.Hessian, AutoCurvature]
+MADE = [npl.EmpiricalFisher, npl.Hessian]
 STRUCTURES = ["mean", "isotropic", "diagonal", "block"]
 
 

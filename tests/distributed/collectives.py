@@ -31,7 +31,7 @@ from newton_plugin._runtime.processes import ProcessGroup, current_ranks
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "all_to_all", "barrier")
 FEW: list[dict[str, Any]] = [
-    {},
+    {"structure": "isotropic"},
     {"structure": "isotropic", "damping": 0.05},
     {"curvature": "norm"},
     {"curvature": "norm", "damping": 0.05},
@@ -95,6 +95,8 @@ def collectives_of_a_step(rank: int) -> None:
         assert of_one_step({**options, "sync": "lagged"}, network(), one, (x, t)) == [1024], options
     matrix = 8 * (CLASSES**2 + 1)
     assert of_one_step({"structure": "mean"}, network(), one, (x, t)) == [16, matrix]
+    assert of_one_step({"structure": "gated"}, network(), one, (x, t))[:2] == [16, 16]  # agreement, then sum |g|^2
+    assert len(of_one_step({"structure": "gated"}, network(), one, (x, t))) == 3
     assert of_one_step({"structure": "diagonal"}, network(), one, (x, t)) == [16, 8 * (CLASSES + 1)]
     assert of_one_step({"curvature": "hessian"}, network(), one, (x, t)) == [1024, matrix, 4]
     assert len(of_one_step({"curvature": "hessian", "structure": "per_sample"}, network(), one, (x, t))) == 4
@@ -107,14 +109,14 @@ def collectives_of_a_step(rank: int) -> None:
 
     heads = 2  # layers with a step of their own, and s beside them
     assert len(of_one_step({"structure": "isotropic", "damping": 0.05}, Towers(), towers, (x, t))) == 1
-    gains = of_one_step({}, Towers(), towers, (x, t))
+    gains = of_one_step({"structure": "isotropic"}, Towers(), towers, (x, t))
     assert gains[0] == 1024
     assert len(gains) == 2
     assert gains[1] >= heads * 16
     assert len(of_one_step({"sync": "lagged"}, Towers(), towers, (x, t))) == 1
     assert len(of_one_step({"structure": "mean"}, Towers(), towers, (x, t))) == 3
     many = ManyHeads(60)
-    assert len(of_one_step({}, many, lambda m, x, t: m.loss_of(x, t), (x, t))) == 3
+    assert len(of_one_step({"structure": "isotropic"}, many, lambda m, x, t: m.loss_of(x, t), (x, t))) == 3
 
 
 @scenario
@@ -171,7 +173,7 @@ def a_disagreement_that_is_read_at_the_next_call(rank: int) -> None:
         return model(x)[0].square().mean() if rank else torch.zeros((), requires_grad=True, dtype=torch.float64)
 
     with news_later():
-        for options in ({}, {"curvature": "norm"}, {"sync": "lagged"}):
+        for options in ({"structure": "isotropic"}, {"curvature": "norm"}, {"sync": "lagged"}):
             for loss_of in (heads, widths, nothing, refused):
                 model, plain, hook = Towers(), Towers(), npl.LossHook(**options)
                 hook(model(x)[0].square().mean())  # the same on all ranks

@@ -41,6 +41,7 @@ def alone(accumulate: int = 1, clip: float = 0.0, skip: int = -1) -> dict[str, T
     """The same batches, whole, in a plain loop in one process."""
     model, hook = network(), npl.LossHook(damping="auto")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    hook.set_optimizer(optimizer)
     for k, (x, t) in enumerate(BATCHES):
         loss = curved(model(x * torch.nan if k == skip else x), t)
         (hook(loss) / accumulate).backward()

@@ -125,7 +125,7 @@ def test_what_was_found_is_told() -> None:
     torch.manual_seed(0)
     net: Any = nn.ModuleDict({"head": nn.Linear(5, 3), "other": nn.Linear(5, 2)}).double()
     s = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    hook = npl.LossHook(module=net)
+    hook = npl.LossHook(structure="isotropic", module=net)
     assert hook.boundaries == ()
     assert hook.describe() == "no boundary yet"
     (F.cross_entropy(net["head"](X) * s.exp(), T)).backward()
@@ -183,13 +183,18 @@ def test_an_input_that_requires_grad_is_no_part_of_the_layer() -> None:
     assert len(ours.state_dict()["rules"]) == 1
 
 
-def test_a_loss_of_many_heads_keeps_all_their_states() -> None:
+@pytest.mark.parametrize(
+    ("structure", "mean"),
+    [("isotropic", lambda state: state), ("gated", lambda state: state["mean"])],
+    ids=["isotropic", "gated"],
+)
+def test_a_loss_of_many_heads_keeps_all_their_states(structure: Any, mean: Callable[[Any], Any]) -> None:
     torch.manual_seed(0)
     many = [nn.Linear(5, 3).double() for _ in range(70)]
-    hook = npl.LossHook(damping=npl.AutoDamping(decay=0.99))
+    hook = npl.LossHook(structure=structure, damping=npl.AutoDamping(decay=0.99))
     for _ in range(3):
         hook(sum(F.cross_entropy(head(X), T) for head in many)).backward()  # type: ignore[arg-type]
-    counts = {float(rule["curvature"]["count"]) for rule in hook.state_dict()["rules"].values()}
+    counts = {float(mean(rule["curvature"])["count"]) for rule in hook.state_dict()["rules"].values()}
     assert len(hook.state_dict()["rules"]) == 70
     assert len(counts) == 1
 

@@ -42,7 +42,7 @@ LOSSES_AND_OUTPUTS = (
         loss=coupled,
         batches=(GOOD, LATER),
         options={"curvature": "auto", "damping": 0.1},
-        sees=Seen(message="the loss couples the samples of a batch", warns=True, fallbacks=2),
+        sees=NOTHING,
         intact=("fisher",),
     ),
     Fault(
@@ -116,16 +116,6 @@ LOSSES_AND_OUTPUTS = (
             "structure='mean' or 'diagonal'",
         ),
         intact=("no gradient",),
-    ),
-    Fault(
-        title="m large, curvature='auto'",
-        provoked="300 outputs",
-        model=lambda: Net(300),
-        loss=lambda y, t: y.cosh().sum(-1).mean(),
-        batches=(GOOD, LATER),
-        options={"curvature": "auto", "damping": 0.1},
-        sees=Seen(message="300 features would take 300 Hessian-vector products a step", warns=True, fallbacks=2),
-        intact=("fisher",),
     ),
     Fault(
         title="float16 overflow",

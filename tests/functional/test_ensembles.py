@@ -70,7 +70,12 @@ def alone(member: int, name: str, rule: dict[str, Any], x: Tensor, t: Tensor) ->
     return weights
 
 
-RULES: list[dict[str, Any]] = [{}, {"curvature": "hessian"}, {"structure": "mean"}, {"curvature": "norm"}]
+RULES: list[dict[str, Any]] = [
+    {"structure": "isotropic"},
+    {"curvature": "hessian"},
+    {"structure": "mean"},
+    {"curvature": "norm"},
+]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])

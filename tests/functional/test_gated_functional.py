@@ -234,7 +234,7 @@ def test_wrong_arguments() -> None:
         npl.functional.newton_loss(F.cross_entropy, layer_inputs=3)  # type: ignore[arg-type]
     with pytest.raises(npl.ArgumentError, match="layer_inputs='h' is of one layer; got outputs="):
         npl.functional.newton_loss(F.cross_entropy, layer_inputs="h", outputs=(0, 1))
-    other = npl.functional.newton_loss(F.cross_entropy)
+    other = npl.functional.newton_loss(F.cross_entropy, structure="isotropic")
     with pytest.raises(npl.ArgumentError, match="is none of curvature=GatedFisher"):
         newton.apply(other.init(y), y, target, h=x)
     with pytest.raises(npl.ArgumentError, match="members of a vmap"):

@@ -172,8 +172,6 @@ def test_settings_that_look_at_numbers() -> None:
     every_second = npl.EmpiricalFisher(refresh_every=2)
     for make in (pure, door):
         refused(lambda: grad(make(curvature=every_second))(Y[0]), "refresh_every=2", "use refresh_every=1")  # noqa: B023
-    products = {"loss_fn": lambda y, t: y.cosh().sum(-1).mean(), "curvature": "auto"}
-    refused(lambda: vmap(pure(**products))(Y), "curvature='auto'", "curvature='hessian' or 'fisher'")
     coupled = pure(lambda y, t: (y @ y.T).logsumexp(-1).mean(), curvature="hessian")
     refused(lambda: grad(coupled)(Y[0]), "couples the samples", error=npl.BatchCoupledError)
 

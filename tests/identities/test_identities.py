@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,16 +93,20 @@ def test_a_loss_times_c(n: int, m: int, seed: int, structure: str, factor: float
 
 
 @quick
-@given(**SHAPES, curvature=st.sampled_from(["fisher", "hessian"]), unit=st.sampled_from([1e-4, 3.0, 1e4]))
-def test_units_of_the_outputs(n: int, m: int, seed: int, curvature: str, unit: float) -> None:
+@given(
+    **SHAPES,
+    rule=st.sampled_from([{"structure": "isotropic"}, {"curvature": "hessian"}]),
+    unit=st.sampled_from([1e-4, 3.0, 1e4]),
+)
+def test_units_of_the_outputs(n: int, m: int, seed: int, rule: dict[str, Any], unit: float) -> None:
     """Outputs measured in another unit: the Hessian's step converts like the outputs, Fisher's the other way."""
     y, t = case(n, m, seed)
 
     def in_other_unit(v: Tensor, w: Tensor) -> Tensor:
         return strictly_convex(v / unit, w)
 
-    once = npl.newton_step(strictly_convex, y, t, curvature=curvature).step
-    other = npl.newton_step(in_other_unit, y * unit, t, curvature=curvature).step
+    once = npl.newton_step(strictly_convex, y, t, **rule).step
+    other = npl.newton_step(in_other_unit, y * unit, t, **rule).step
     assert relative_error(other, once * unit) <= 1e-7
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ import transformers
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
-from newton_plugin_transformers import NewtonLosses
+from newton_plugin_transformers import NewtonTrainerLoss
 
 WORDS, LENGTH, DAMPING = 7, 6, 0.05
 RULE = ("curvature", "structure", "power")
@@ -157,7 +161,7 @@ def test_the_step_is_the_surrogates(kind: str, accumulate: int, rule: Any, tmp_p
     shift = kind == "language model"
     model, data = (language_model(), texts()) if shift else (classifier(), classified())
     twin = copy.deepcopy(model)
-    newton = NewtonLosses(shift_labels=shift, **dict(zip(RULE, rule, strict=True)), damping=DAMPING)
+    newton = NewtonTrainerLoss(shift_labels=shift, **dict(zip(RULE, rule, strict=True)), damping=DAMPING)
     fit = trainer(model, newton, data, tmp_path, gradient_accumulation_steps=accumulate)
     fit.train()
     surrogate_fit(twin, fit.data_collator.batches, shift, accumulate, 0.0, rule)
@@ -169,7 +173,7 @@ def test_the_step_is_the_surrogates(kind: str, accumulate: int, rule: Any, tmp_p
 def test_label_smoothing(shift: bool, tmp_path: Path) -> None:
     model, data = (language_model(), texts()) if shift else (classifier(), classified())
     twin = copy.deepcopy(model)
-    newton = NewtonLosses(shift_labels=shift, damping=DAMPING, label_smoothing=0.2)
+    newton = NewtonTrainerLoss(shift_labels=shift, damping=DAMPING, label_smoothing=0.2)
     fit = trainer(model, newton, data, tmp_path, gradient_accumulation_steps=2)
     fit.train()
     surrogate_fit(twin, fit.data_collator.batches, shift, 2, 0.2, ("fisher", "mean", 1))
@@ -183,7 +187,7 @@ def test_the_value_is_the_trainers_own(items: int | None, smoothing: float) -> N
     batch = Collator()(texts(3))
     count = None if items is None else torch.tensor(items)
     outputs = model(input_ids=batch["input_ids"])
-    ours = NewtonLosses(shift_labels=True, label_smoothing=smoothing)(outputs, batch["labels"], count)
+    ours = NewtonTrainerLoss(shift_labels=True, label_smoothing=smoothing)(outputs, batch["labels"], count)
     if smoothing:
         theirs = LabelSmoother(smoothing)(outputs, batch["labels"], shift_labels=True, num_items_in_batch=count)
     else:
@@ -200,7 +204,7 @@ def test_padding_changes_nothing() -> None:
     grads = []
     for b in (batch, short):
         model.zero_grad()
-        NewtonLosses(shift_labels=True)(model(input_ids=b["input_ids"]), b["labels"], 12).backward()
+        NewtonTrainerLoss(shift_labels=True)(model(input_ids=b["input_ids"]), b["labels"], 12).backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert relative_error(*map(nn.utils.parameters_to_vector, grads)) < 1e-12
 
@@ -209,9 +213,9 @@ def test_padding_changes_nothing() -> None:
 def test_mixed_precision_is_the_plain_loop(accumulate: int, tmp_path: Path) -> None:
     model = classifier().float()
     twin = copy.deepcopy(model)
-    fit = trainer(model, NewtonLosses(), classified(), tmp_path, gradient_accumulation_steps=accumulate, bf16=True)
+    fit = trainer(model, NewtonTrainerLoss(), classified(), tmp_path, gradient_accumulation_steps=accumulate, bf16=True)
     fit.train()
-    batches, newton = fit.data_collator.batches, NewtonLosses()
+    batches, newton = fit.data_collator.batches, NewtonTrainerLoss()
     twin.train()
     for k in range(0, len(batches), accumulate):
         twin.zero_grad()
@@ -236,7 +240,7 @@ def test_a_loss_of_ones_own_gets_logits_and_labels_as_they_are(tmp_path: Path) -
     data = [{"input_ids": t["input_ids"], "labels": t["input_ids"][:2] % 3} for t in texts()]
     model = classifier()
     twin = copy.deepcopy(model)
-    fit = trainer(model, NewtonLosses(ranking, damping=0.1), data, tmp_path, gradient_accumulation_steps=4)
+    fit = trainer(model, NewtonTrainerLoss(ranking, damping=0.1), data, tmp_path, gradient_accumulation_steps=4)
     fit.train()
     for batch in fit.data_collator.batches:
         hook = npl.LossHook(damping=0.1)
@@ -255,7 +259,7 @@ def focal(logits: Tensor, labels: Tensor) -> Tensor:
 def test_a_loss_of_ones_own_for_each_token(tmp_path: Path) -> None:
     model = language_model()
     twin = copy.deepcopy(model)
-    newton = NewtonLosses(focal, per_label=True, shift_labels=True, damping=DAMPING)
+    newton = NewtonTrainerLoss(focal, per_label=True, shift_labels=True, damping=DAMPING)
     fit = trainer(model, newton, texts(6), tmp_path)
     fit.train()
     for batch in fit.data_collator.batches:
@@ -269,7 +273,7 @@ def test_a_loss_of_ones_own_for_each_token(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_plain(tmp_path: Path) -> None:
-    newton = NewtonLosses()
+    newton = NewtonTrainerLoss()
     fit = trainer(classifier(), newton, classified(), tmp_path)
     assert fit.evaluate(classified(6))["eval_loss"] > 0
     assert newton.diagnostics() == {}
@@ -277,7 +281,7 @@ def test_evaluation_is_plain(tmp_path: Path) -> None:
 
 def test_logs_and_tensorboard(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    newton = NewtonLosses()
+    newton = NewtonTrainerLoss()
     callbacks = [newton, TensorBoardCallback()]
     logs = {"logging_strategy": "steps", "logging_steps": 2, "logging_dir": str(tmp_path / "tb")}
     if "logging_dir" not in transformers.TrainingArguments.__dataclass_fields__:
@@ -298,9 +302,9 @@ def test_resumed_to_the_bit(tmp_path: Path) -> None:
     """4 steps at once, and 2 + 2 from a checkpoint: the running curvature of damping="auto" goes on."""
     options = {"save_strategy": "steps", "save_steps": 2, "logging_strategy": "no"}
     whole = classifier()
-    newton = NewtonLosses()
+    newton = NewtonTrainerLoss()
     trainer(whole, newton, classified(), tmp_path, callbacks=[newton], **options).train()
-    halves, later = classifier(), NewtonLosses()
+    halves, later = classifier(), NewtonTrainerLoss()
     fit = trainer(halves, later, classified(), tmp_path, callbacks=[later], **options)
     fit.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(map(torch.equal, whole.parameters(), halves.parameters()))
@@ -310,14 +314,91 @@ def test_resumed_to_the_bit(tmp_path: Path) -> None:
 def test_resuming_without_the_file_says_so(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2}
     trainer(classifier(), None, classified(), tmp_path, **options).train()
-    newton = NewtonLosses()
+    newton = NewtonTrainerLoss()
     fit = trainer(classifier(), newton, classified(), tmp_path, callbacks=[newton], **options)
     with pytest.warns(UserWarning, match="resumes without its running curvature: there is no .*newton_losses.pt"):
         fit.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_from_start_to_stop_the_rest_is_plain(accumulate: int, tmp_path: Path) -> None:
+    """Optimizer steps 1 and 2 are Newton steps, 0 and 3 are plain; counted by a hook that is not there otherwise."""
+    newton = NewtonTrainerLoss(start_step=1, stop_step=3)
+    hook, taken = newton.hook, []
+
+    def hooked(loss: Tensor) -> Tensor:
+        taken.append(fit.state.global_step)
+        return hook(loss)
+
+    newton.hook = hooked  # type: ignore[assignment]
+    hooked.state_dict, hooked.diagnostics = hook.state_dict, hook.diagnostics  # type: ignore[attr-defined]
+    hooked.set_optimizer = hook.set_optimizer  # type: ignore[attr-defined]
+    fit = trainer(
+        classifier(), newton, classified(), tmp_path, callbacks=[newton], max_steps=4,
+        gradient_accumulation_steps=accumulate,
+    )  # fmt: skip
+    fit.train()
+    assert taken == [1] * accumulate + [2] * accumulate
+
+
+def test_switched_off_training_is_plain_and_the_state_is_kept(tmp_path: Path) -> None:
+    plain, model = classifier(), classifier()
+    trainer(plain, NewtonTrainerLoss(enabled=False), classified(), tmp_path).train()
+    newton = NewtonTrainerLoss()
+    newton({"logits": torch.randn(6, 3).requires_grad_()}, torch.arange(6) % 3).backward()
+    before = copy.deepcopy(newton.state_dict())
+    newton.enabled = False
+    trainer(model, newton, classified(), tmp_path).train()
+    assert all(map(torch.equal, plain.parameters(), model.parameters()))
+    assert repr(newton.state_dict()) == repr(before)
+    expected = classifier()
+    trainer(
+        expected, lambda o, labels, num_items_in_batch: F.cross_entropy(o["logits"], labels), classified(), tmp_path
+    ).train()
+    assert worst(expected, plain) < 1e-12
+
+
+def test_steps_are_asked_of_the_trainer() -> None:
+    newton = NewtonTrainerLoss(start_step=2)
+    with pytest.raises(npl.ArgumentError, match=r"start_step=2, stop_step=None: .*callbacks=\[newton\]"):
+        newton({"logits": torch.randn(6, 3).requires_grad_()}, torch.arange(6) % 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({}, ""),
+        ({"damping": 0.1, "start_step": 3, "log": False}, "start_step=3, damping=0.1, log=False"),
+        ({"loss_fn": F.mse_loss, "per_label": True}, "loss_fn=.*mse_loss.*, per_label=True"),
+        ({"enabled": False, "shift_labels": True}, "shift_labels=True, enabled=False"),
+    ],
+    ids=str,
+)
+def test_repr_shows_what_differs_from_the_defaults(arguments: Any, shown: str) -> None:
+    assert re.fullmatch(rf"NewtonTrainerLoss\({shown}\)", repr(NewtonTrainerLoss(**arguments)))
+
+
+def test_the_former_name_works_and_says_so_once() -> None:
+    """In a process of its own: elsewhere somebody may have asked before."""
+    code = """
+        import warnings
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            from newton_plugin_transformers import NewtonLosses
+            import newton_plugin_transformers
+            assert newton_plugin_transformers.NewtonLosses is NewtonLosses
+        from newton_plugin_transformers import NewtonTrainerLoss
+        assert NewtonLosses is NewtonTrainerLoss
+        ours = [w for w in said if issubclass(w.category, DeprecationWarning) and "NewtonTrainerLoss" in str(w.message)]
+        assert len(ours) == 1, said
+        assert ours[0].filename == "<string>", ours[0].filename
+        assert not hasattr(newton_plugin_transformers, "NewtonLoss")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
 def test_another_model_begins_anew(tmp_path: Path) -> None:
-    newton, alone = NewtonLosses(), NewtonLosses()
+    newton, alone = NewtonTrainerLoss(), NewtonTrainerLoss()
     trainer(classifier(), newton, classified(), tmp_path, callbacks=[newton]).train()
     trainer(classifier(), newton, classified(6), tmp_path, callbacks=[newton]).train()
     trainer(classifier(), alone, classified(6), tmp_path, callbacks=[alone]).train()
@@ -327,7 +408,7 @@ def test_another_model_begins_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["copy", "pickle"])
 def test_copies_go_on_from_the_same_state(copied: Any) -> None:
     y, labels = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.arange(6) % 3
-    newton = NewtonLosses()
+    newton = NewtonTrainerLoss()
     newton({"logits": y}, labels).backward()
     other = copied(newton)
     y.grad = None
@@ -339,7 +420,7 @@ def test_copies_go_on_from_the_same_state(copied: Any) -> None:
 
 def test_a_batch_without_a_label_has_loss_and_gradient_zero() -> None:
     y = torch.randn(2, 4, 3, requires_grad=True)
-    loss = NewtonLosses(shift_labels=True)({"logits": y}, torch.full((2, 4), -100), 5)
+    loss = NewtonTrainerLoss(shift_labels=True)({"logits": y}, torch.full((2, 4), -100), 5)
     loss.backward()
     assert loss.item() == 0
     assert not y.grad.any()
@@ -362,7 +443,7 @@ LOGITS = {"logits": torch.randn(2, 4, 3, requires_grad=True)}
 )
 def test_what_does_not_fit(make: Any, outputs: Any, labels: Any, said: str) -> None:
     with pytest.raises(npl.NewtonPluginError, match=said):
-        NewtonLosses(**make)(outputs, labels)
+        NewtonTrainerLoss(**make)(outputs, labels)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +458,13 @@ def test_what_does_not_fit(make: Any, outputs: Any, labels: Any, said: str) -> N
         ({"per_label": False}, "the default loss needs per_label=True"),
         ({"loss_fn": F.cross_entropy, "shift_labels": True}, "shift_labels=True needs per_label=True"),
         ({"log": 1}, "log must be True or False; got 1"),
+        ({"enabled": 1}, "enabled must be True or False; got 1"),
+        ({"start_step": -1}, "start_step must be 0 .* or positive; got -1"),
+        ({"start_step": 4, "stop_step": 4}, "stop_step must be larger than start_step=4; got 4"),
+        ({"stop_step": 2.5}, "stop_step must be a number of optimizer steps; got 2.5 of type float"),
         ({"damping": -1}, "damping must be positive and finite; got -1"),
     ],
 )
 def test_wrong_arguments(arguments: Any, said: str) -> None:
     with pytest.raises(npl.NewtonPluginError, match=said):
-        NewtonLosses(**arguments)
+        NewtonTrainerLoss(**arguments)

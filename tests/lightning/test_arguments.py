@@ -55,9 +55,12 @@ def test_the_signature_is_the_public_one() -> None:
         "boundary": "auto",
         "feature_dims": None,
         "start_step": 0,
+        "stop_step": None,
+        "enabled": True,
         "sync": True,
         "compile_step": False,
         "log": True,
+        "log_figures_every_n_steps": None,
         "prog_bar": False,
     }
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())

@@ -121,7 +121,7 @@ def test_the_learning_rate_finder_searches_with_the_callback_and_takes_everythin
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
     losses = []
-    for newton in (NewtonLosses(), None):
+    for newton in (NewtonLosses(structure="isotropic"), None):
         module = case_module(pl, Functional, configure_optimizers=configure_optimizers, lr=0.01)
         start = parameters(module)
         fit = trainer(pl, *([newton] if newton else []), max_epochs=10, default_root_dir=tmp_path)

@@ -30,6 +30,7 @@ def plain_loop(model: Any, batches: list[Any], precision: str, accumulate: int, 
     """A plain loop that does what the Trainer does, with the one line of the hook."""
     hook, scaler = npl.LossHook(damping="auto"), scaler_for(precision)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    hook.set_optimizer(optimizer)
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     for k, (x, t) in enumerate(batches):
         with torch.autocast("cpu", dtype=mixed) if mixed else contextlib.nullcontext():

@@ -76,7 +76,7 @@ def check_transformers() -> None:
 
     check_place(newton_plugin_transformers)
     logits = torch.randn(8, 3, requires_grad=True)
-    newton_plugin_transformers.NewtonLosses()({"logits": logits}, torch.arange(8) % 3, 16).backward()
+    newton_plugin_transformers.NewtonTrainerLoss()({"logits": logits}, torch.arange(8) % 3, 16).backward()
     assert logits.grad is not None
 
 

@@ -6,6 +6,7 @@ import email.message
 import email.parser
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import newton_plugin
 
@@ -106,7 +108,7 @@ def test_metadata(metadata: email.message.Message) -> None:
     required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
     assert required == ["torch>=2.6"]
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert {"lightning", "transformers", "algorithms", "convex", "examples", "docs", "dev", "all"} == extras
+    assert {"lightning", "transformers", "algorithms", "convex", "examples", "docs", "test", "dev", "all"} == extras
     assert "Typing :: Typed" in metadata.get_all("Classifier", [])
     assert metadata.get_payload() == (ROOT / "README.md").read_text()
 
@@ -116,8 +118,40 @@ def test_the_version_is_written_down_once() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == newton_plugin.__version__
     assert f'license = "{citation["license"]}"' in PROJECT
+    assert f"version = {{{newton_plugin.__version__}}}" in (ROOT / "docs" / "questions.md").read_text()
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## {newton_plugin.__version__}" in changelog
+
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
+@pytest.mark.parametrize("python", PYTHONS)
+def test_each_python_has_one_version_of_every_pinned_package(file: str, python: str) -> None:
+    pins = [Requirement(line) for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
+    chosen = [pin.name.lower() for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert sorted(chosen) == sorted({pin.name.lower() for pin in pins})
+
+
+def test_classifiers_are_the_pythons_that_ci_looks_for(metadata: email.message.Message) -> None:
+    named = {c.rpartition(" ")[2] for c in metadata.get_all("Classifier", []) if ":: Python :: 3." in c}
+    assert named == set(PYTHONS)
+    assert f"supported=({' '.join(PYTHONS)})" in (ROOT / ".ci" / "pythons").read_text()
+    in_ci = (ROOT / ".ci" / "run").read_text()
+    assert all(version in in_ci for version in set(PYTHONS) - {"3.11"})  # the python3 of CI's machine, for `make test`
+
+
+def test_the_dry_run_of_a_release_stops_where_numbers_differ(tmp_path: Path) -> None:
+    """Its first step, on a copy whose CITATION.cff is of another version; the rest is made of other targets."""
+    for name in (".ci/release-dry-run", "CITATION.cff", "CHANGELOG.md", "src/newton_plugin/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    citation = tmp_path / "CITATION.cff"
+    citation.write_text(citation.read_text().replace(newton_plugin.__version__, "99.0"))
+    done = subprocess.run([tmp_path / ".ci" / "release-dry-run"], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert "CITATION.cff names another version" in done.stderr
 
 
 def test_twine_check(dist: Path) -> None:

@@ -108,8 +108,13 @@ def test_a_known_hessian_costs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         npl.LossHook(curvature="hessian")(net(X).exp().mean())
 
 
-def test_every_further_backward_pass_sends_the_same_step() -> None:
-    net, hook = model(), npl.LossHook()
+@pytest.mark.parametrize(
+    ("structure", "mean"),
+    [("isotropic", lambda state: state), ("gated", lambda state: state["mean"])],
+    ids=["isotropic", "gated"],
+)
+def test_every_further_backward_pass_sends_the_same_step(structure: Any, mean: Callable[[Any], Any]) -> None:
+    net, hook = model(), npl.LossHook(structure=structure)
     loss = hook(LOSSES["several consumers"](net(X)))
     found = []
     for scale in (1.0, 1.0, 3.0):
@@ -120,7 +125,7 @@ def test_every_further_backward_pass_sends_the_same_step() -> None:
     assert relative_error(found[2], 3 * found[0]) <= 1e-14
     state = hook.state_dict()["rules"]
     (rule,) = state.values()
-    assert float(rule["curvature"]["count"]) == 1, "one batch, counted once"
+    assert float(mean(rule["curvature"])["count"]) == 1, "one batch, counted once"
 
 
 def test_a_pass_to_some_parameters_only() -> None:

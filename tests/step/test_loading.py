@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import newton_plugin as npl
 
@@ -17,6 +18,8 @@ G = torch.Generator().manual_seed(0)
 X, T = torch.randn(8, 4, generator=G), torch.arange(8) % 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "fisher": {},
+    "isotropic": {"structure": "isotropic"},
+    "gated": {"structure": "gated"},
     "fisher, fixed damping": {"damping": 0.1},
     "hessian": {"curvature": "hessian"},
     "kept": {"curvature": npl.EmpiricalFisher(refresh_every=3)},
@@ -60,10 +63,19 @@ def test_fisher_and_hessian_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_state_that_is_not_finite_is_refused(bad: float) -> None:
-    hook = trained({})
+@pytest.mark.parametrize(
+    ("structure", "mean"),
+    [
+        ("isotropic", lambda state: state["mean"]),
+        ("gated", lambda state: state["mean"]["mean"]),
+        ("gated", lambda state: state["weighted"]["mean"]),
+    ],
+    ids=["isotropic", "gated", "gated, of the steps"],
+)
+def test_a_state_that_is_not_finite_is_refused(structure: str, mean: Callable[[Any], Tensor], bad: float) -> None:
+    hook = trained({"structure": structure})
     state = copy.deepcopy(hook.state_dict())
-    next(iter(state["rules"].values()))["curvature"]["mean"].fill_(bad)
+    mean(next(iter(state["rules"].values()))["curvature"]).fill_(bad)
     with pytest.raises(npl.ArgumentError, match="running mean that is not finite"):
         hook.load_state_dict(state)
 

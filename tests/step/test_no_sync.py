@@ -28,8 +28,9 @@ class NoWaiting(TorchDispatchMode):
 def test_a_training_step_does_not_wait(curvature: str, structure: str, damping: float | str) -> None:
     torch.manual_seed(0)
     model, x, t = nn.Linear(4, 3), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-    hook = npl.LossHook(curvature=curvature, structure="mean" if curvature == "norm" else structure, damping=damping)
-    wrapped = npl.newton_loss(F.cross_entropy, damping=damping)
+    options: dict[str, Any] = {"structure": "mean" if curvature == "norm" else structure, "damping": damping}
+    hook = npl.LossHook(curvature=curvature, **options)
+    wrapped = npl.newton_loss(F.cross_entropy, curvature=curvature, **options)
     with NoWaiting():
         for _ in range(2):
             hook(F.cross_entropy(model(x), t)).backward()
@@ -67,7 +68,7 @@ def test_whether_others_share_the_operations_is_read_after_a_look_and_at_no_othe
     """Looks are at the steps 1 to 5, 8, 9, 16, 17, ..., so the steps after them wait once."""
     torch.manual_seed(0)
     model, x, t = nn.Linear(4, 3), torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-    hook, waits = npl.LossHook(), []
+    hook, waits = npl.LossHook(structure="isotropic"), []
     for step in range(1, 18):
         with Recorder() as recorder:
             hook(F.cross_entropy(model(x), t)).backward()

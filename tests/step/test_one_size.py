@@ -160,11 +160,12 @@ def test_the_parts_of_all_terms_are_the_whole(terms: Terms) -> None:
     torch.testing.assert_close(trunk_gradient(net), sum(shares(terms, [1.0, 0.3])), rtol=1e-9, atol=1e-14)
 
 
-def test_what_lies_beside_a_boundary_is_multiplied_by_the_gain_of_the_rule() -> None:
+@pytest.mark.parametrize("structure", ["isotropic", "gated"])
+def test_what_lies_beside_a_boundary_is_multiplied_by_the_gain_of_the_rule(structure: Any) -> None:
     net = TwoHeads().double()
     y = net(X)[0]
-    npl.LossHook()(F.cross_entropy(y, T) + 0.5 * net.s.square().sum()).backward()
-    step = npl.newton_step(F.cross_entropy, y.detach(), T)
+    npl.LossHook(structure=structure)(F.cross_entropy(y, T) + 0.5 * net.s.square().sum()).backward()
+    step = npl.newton_step(F.cross_entropy, y.detach(), T, structure=structure)
     gain = (step.gradient * step.step).sum() / step.gradient.square().sum()
     torch.testing.assert_close(net.s.grad, gain * net.s.detach(), rtol=1e-12, atol=0)
     expected = TwoHeads().double()
@@ -291,7 +292,7 @@ def test_a_head_that_was_not_finite_once_does_not_keep_the_loss_plain_while_it_i
     def scaled(a: Tensor, b: Tensor, factor: float) -> Tensor:
         return F.cross_entropy(a, T) + 0.1 * factor * b.square().sum()
 
-    door, net = npl.newton_loss(scaled, outputs=(0, 1)), TwoHeads().double()
+    door, net = npl.newton_loss(scaled, outputs=(0, 1), structure="isotropic"), TwoHeads().double()
     a, b, _ = net(X)
     door(a, b, float("inf")).backward()
     net.zero_grad()
@@ -308,7 +309,7 @@ def test_a_size_beyond_half_precision_does_not_overflow_where_its_product_with_t
     s = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
     torch.manual_seed(0)
     net = nn.Linear(5, 3).half()
-    hook = npl.LossHook()
+    hook = npl.LossHook(structure="isotropic")
     (hook((1e-2 * net(X.half())).square().sum(-1).mean() + s.sum()) * 1e-3).backward()
     assert bool(torch.isfinite(s.grad).all())
     assert float(s.grad) > 65  # 65504, the largest number of float16, times the scale

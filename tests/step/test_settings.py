@@ -18,7 +18,7 @@ DOORS = [
     npl.LossHook,
     npl.newton_step,
     newton_plugin_lightning.NewtonLosses,
-    newton_plugin_transformers.NewtonLosses,
+    newton_plugin_transformers.NewtonTrainerLoss,
 ]
 
 
@@ -37,5 +37,5 @@ def test_every_door_names_every_choice(door: Any) -> None:
     if "reduction" in parameters:
         assert strings(parameters["reduction"].annotation) == strings(Reduction)
     # Tokens of a sentence have no block of their own: positions are not aligned between sentences.
-    missing = {"block"} if door is newton_plugin_transformers.NewtonLosses else set()
+    missing = {"block"} if door is newton_plugin_transformers.NewtonTrainerLoss else set()
     assert strings(parameters["structure"].annotation) == strings(StructureChoice) - missing

@@ -48,7 +48,7 @@ def unstable(y: Tensor) -> Tensor:
     return -torch.log(1 - torch.sigmoid(12 + y.abs() * 2)).sum(-1).mean()
 
 
-# name: (loss, outputs, {finding: (status, verdict, part of its words)}, curvature)
+# name: (loss, outputs, {finding: (status, verdict, part of its words)}, the best of what is available)
 Case = tuple[Callable[..., Any], Tensor, dict[str, tuple[str, str, str]], str | None]
 CASES: dict[str, Case] = {
     "detached": (
@@ -168,7 +168,7 @@ CASES: dict[str, Case] = {
             "func_per_sample": ("skipped", "not looked at", "pass a smaller batch"),
             "cost": ("skipped", "not looked at", "257 features would take 257 products"),
         },
-        "fisher",
+        "hessian",
     ),
     # Defined on [0, 1], and the outputs are at its ends: no step can be taken to either side.
     "a domain with edges": (

@@ -150,7 +150,7 @@ class Row:
         random: draws from torch's generator.
         coupled: a sample's gradient depends on other samples' outputs.
         definite: "definite", "indefinite", or "" where there is nothing to say.
-        curvature: what to use.
+        curvature: "hessian" where it is available, else "fisher".
         vmap: whether ``vmap`` over the samples can follow the loss.
     """
 

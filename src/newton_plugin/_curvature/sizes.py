@@ -16,7 +16,6 @@ from newton_plugin._linalg.krylov import KrylovOptions
 from newton_plugin._runtime.processes import Ranks
 
 __all__ = [
-    "AUTO_FEATURES",
     "DENSE_FEATURES",
     "DIAGONAL_PROBES",
     "EXACT_DIAGONAL_FEATURES",
@@ -29,10 +28,6 @@ __all__ = [
     "refuse_beyond",
     "refuse_if_too_large",
 ]
-
-# "auto" takes m products a step up to so many features. Measured for a loss of N = 100 samples, float64: 2.7 ms a step
-# at m = 10, 51 ms at m = 100, where a training step of a small CNN takes 70.
-AUTO_FEATURES = 64
 
 # Where N < m, an N x N system takes the place of the m x m one. Measured at N = 128, float64, one core: to form and
 # solve C costs 0.4 ms at m = 100, 1.5 at 200, 50 at 1,000, against 1.5 and 5.4 for the N x N system at 200 and 1,000.

@@ -11,9 +11,7 @@ from newton_plugin._derivatives.sample_hessians import HVP
 from newton_plugin._errors import BatchCoupledError
 from newton_plugin._runtime.transforms import outside_transforms
 
-__all__ = ["COUPLED", "MOST", "coupling", "samples_are_independent"]
-
-COUPLED = "the loss couples the samples of a batch, so per-sample Hessians do not exist"
+__all__ = ["MOST", "coupling", "samples_are_independent"]
 
 MOST = 1e-3  # most that a :func:`coupling` may be: rounding of single precision, many operations long
 
@@ -67,8 +65,8 @@ def samples_are_independent(hvp: HVP, gradient: Tensor) -> bool:
         return False
     if found > MOST:
         raise BatchCoupledError(
-            f"{COUPLED} (a Hessian-vector product with random signs per sample differs by {found:.1e} relative). "
-            "Use curvature='fisher' or 'norm', or 'auto', which chooses Fisher here. If each sample is "
-            "several rows of the outputs, name the feature dimensions by feature_dims."
+            "the loss couples the samples of a batch, so per-sample Hessians do not exist (a Hessian-vector product "
+            f"with random signs per sample differs by {found:.1e} relative). Use curvature='fisher' or 'norm'. If each "
+            "sample is several rows of the outputs, name the feature dimensions by feature_dims."
         )
     return True

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from newton_plugin._linalg.large_rows import squared_norms
+from newton_plugin._doors.last_step import mean_squares
 from newton_plugin._step.rule import StepRule
 
 __all__ = ["diagnostics"]
@@ -30,7 +30,7 @@ def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: in
     if not last:
         return {}
     lows, highs = zip(*(step.extremes() for _, step in last), strict=True)
-    gradients, steps = zip(*(_mean_squares(rule) for rule, _ in last), strict=True)
+    gradients, steps = zip(*(map(float, mean_squares(rule)) for rule, _ in last), strict=True)
     numbers = {
         "gradient_norm": sum(gradients) ** 0.5,
         "step_norm": sum(steps) ** 0.5,
@@ -43,21 +43,3 @@ def diagnostics(used: Iterable[StepRule], rules: Iterable[StepRule], skipped: in
         known = [value for _, step in last if (value := float(step.readings.get(name, math.nan))) == value]
         numbers[name] = max(known, default=math.nan)
     return numbers
-
-
-def _mean_squares(rule: StepRule) -> tuple[float, float]:
-    """The means over the samples of ``|g_i|^2`` and ``|step_i|^2`` at the last step."""
-    last = rule.last
-    assert last is not None
-    if last.sizes is not None:
-        squared, stepped = last.sizes()
-    else:
-        assert rule.last_gradient is not None
-        squared, stepped = squared_norms(rule.last_gradient).sum(), squared_norms(last.step).sum()
-        if rule.last_weight is not None:
-            squared, stepped = squared / rule.last_weight.square(), stepped / rule.last_weight.square()
-    count = max(1, last.step.shape[0])
-    verdict = last.finiteness.taken
-    kept_gradient = verdict is not None and not bool(verdict)
-    factor = 1.0 if rule.last_factor is None else float(rule.last_factor) ** 2
-    return float(squared) / count, float(squared if kept_gradient else stepped * factor) / count

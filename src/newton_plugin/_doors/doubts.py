@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from newton_plugin._boundary.autograd_graph import is_output_of_fsdp1, reduction_of
 from newton_plugin._boundary.finder import Cut
+from newton_plugin._boundary.search import BoundarySearch
 from newton_plugin._errors import NoBoundaryError
 from newton_plugin._step.settings import RuleSettings
 
-__all__ = ["doubts", "nothing_found", "refuse_fsdp1", "refuse_unusable", "shared_late"]
+__all__ = ["doubts", "find", "nothing_found", "refuse_fsdp1", "refuse_unusable", "shared_late"]
 
 _NOT_FOUND = "Name the submodule that makes the outputs, boundary='head', or wrap the loss function by npl.newton_loss."
 _COMPILED = (
@@ -19,6 +21,31 @@ _COMPILED = (
     "Compile the network and not the loss, model = torch.compile(model), or wrap the loss function by npl.newton_loss "
     "before the whole is compiled."
 )
+
+
+def find(
+    search: BoundarySearch, loss: Tensor, settings: RuleSettings, first: bool, report: Callable[[str], None]
+) -> Cut:
+    """The boundaries of a loss. What is doubtful about them is reported; what cannot be used is an error.
+
+    Args:
+        search: what was asked for.
+        loss: with its graph.
+        settings: of the hook.
+        first: whether the hook has found nothing yet. A later loss may have no boundaries.
+        report: gets each doubt, in words.
+    """
+    cut = search(loss)
+    refuse_unusable(cut)
+    for message in doubts(cut, loss, settings):
+        report(message)
+    if cut.preconditioned:
+        return replace(cut, boundaries=[])
+    if first and not cut.boundaries:
+        raise nothing_found(cut, loss, search.boundary)
+    if first:
+        refuse_fsdp1(cut)
+    return cut
 
 
 def refuse_unusable(cut: Cut) -> None:

@@ -9,24 +9,26 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from newton_plugin._boundary.finder import Cut, free_boundaries
+from newton_plugin._boundary.finder import free_boundaries
 from newton_plugin._boundary.search import BoundarySearch
 from newton_plugin._curvature.damping import Damping
 from newton_plugin._curvature.protocol import Curvature
 from newton_plugin._doors.diagnostics import diagnostics
-from newton_plugin._doors.doubts import doubts, nothing_found, refuse_fsdp1, refuse_unusable, shared_late
+from newton_plugin._doors.doubts import find, shared_late
 from newton_plugin._doors.found import Found, FoundBoundary, describe_boundaries
 from newton_plugin._doors.hooked_loss import check_graph, check_loss, check_transforms, operation_of, wants_tangent
+from newton_plugin._doors.host_time import HessianCost, HostTime, dear_hessian
+from newton_plugin._doors.last_step import LastStep, last_steps
 from newton_plugin._doors.layer_names import MAX_LAYERS
 from newton_plugin._doors.optimizers import is_memoryless
 from newton_plugin._doors.running_states import RunningStates
+from newton_plugin._errors import ArgumentTypeError
 from newton_plugin._runtime.compiler import eager
 from newton_plugin._step.engine import precondition
 from newton_plugin._step.exchange import tell, telling
@@ -71,6 +73,8 @@ class LossHook:
             a compiler steps are eager, with one warning; they also are with refresh_every, and with a curvature or
             damping of your own that has attributes and no ``initial_state``.
         module: the model, where ``boundary`` names a part of it; the same as :meth:`attach`.
+        enabled: False: losses stay as they are. The attribute of that name switches a running training, on all ranks
+            alike; the running state is kept.
 
     Raises:
         NewtonPluginError: on a wrong argument, naming it.
@@ -97,11 +101,14 @@ class LossHook:
         sync: Sync = True,
         compile_step: bool = False,
         module: nn.Module | None = None,
+        enabled: bool = True,
     ) -> None:
         self._settings = RuleSettings(
             curvature, damping, structure, power, reduction, feature_dims, on_nonfinite, sync, compile_step
         )
-        self.boundary = boundary
+        if not isinstance(enabled, bool):
+            raise ArgumentTypeError(f"enabled must be True or False; got {enabled!r} of type {type(enabled).__name__}.")
+        self.boundary, self.enabled = boundary, enabled
         self._search = BoundarySearch(boundary)
         self._states = RunningStates(self._settings)
         self._used: list[StepRule] = []
@@ -110,11 +117,14 @@ class LossHook:
         self._found_once = False
         self._skipped = 0
         self._reported: set[str] = set()
+        self._time: HostTime | None = None
+        self._cost = HessianCost() if self._settings.build().curvature.needs_hessian else None
         if module is not None:
             self.attach(module)
 
     def __repr__(self) -> str:
         parts = [self._settings.describe()] + [f"boundary={self.boundary!r}"] * (self.boundary != "auto")
+        parts += ["enabled=False"] * (not self.enabled)
         found = f"  # {self.describe()}" if self._found.layouts else ""
         return f"LossHook({', '.join(filter(None, parts))}){found}"
 
@@ -125,6 +135,7 @@ class LossHook:
             "_used": [],
             "_sharing": {},
             "_found": Found(),
+            "_time": None,
         }
         return {**self.__dict__, **fresh}
 
@@ -172,6 +183,16 @@ class LossHook:
         with self._search.watch():
             yield
 
+    @contextmanager
+    def timed(self) -> Iterator[HostTime]:
+        """Inside, calls of the hook are timed on the host: ``seconds``, complete after the backward pass."""
+        self._time = HostTime()
+        try:
+            with self._time.running():
+                yield self._time
+        finally:
+            self._time = None
+
     @eager
     def __call__(self, loss: Tensor, name: str = "") -> Tensor:
         """Take the Newton step; return the same tensor, whose backward now sends it.
@@ -191,6 +212,19 @@ class LossHook:
                 accelerators where nothing waits for the device, at the next call.
         """
         check_loss(loss)
+        if not self.enabled:
+            with self._search.watch():  # forgets what named parts have recorded
+                return loss
+        if self._cost is None:
+            return self._take(loss, name)
+        with self._cost.measured():
+            self._take(loss, name)
+        if self._cost.dear and self._used:
+            self._report(dear_hessian(self._used[0].curvature, *self._cost.dear))
+        return loss
+
+    def _take(self, loss: Tensor, name: str) -> Tensor:
+        """The step at the boundaries of a loss."""
         if not torch.is_grad_enabled() and not wants_tangent(loss):
             return loss
         if self._found_once and loss.is_leaf and loss.requires_grad:  # an empty batch's loss that stands for itself
@@ -202,7 +236,11 @@ class LossHook:
             check_graph(loss)
         if self._search.leaves_alone(loss):
             return loss  # wrapped by newton_loss, or hooked before
-        cut = self._find_on_every_rank(loss)
+        with telling(loss, self._settings):
+            cut = find(self._search, loss, self._settings, not self._found_once, self._report)
+        if not cut.boundaries:  # other ranks would wait for this one's part of the mean
+            self._skipped += not cut.preconditioned
+            tell("no boundary", loss, self._settings)
         boundaries = free_boundaries(loss, cut.boundaries)
         if boundaries:
             with telling(loss, self._settings):
@@ -211,41 +249,13 @@ class LossHook:
             if len(self._sharing) > 4 * MAX_LAYERS:  # widths that change all the time
                 self._sharing.clear()
             sharing = self._sharing.setdefault((*keys, operation_of(loss)), Sharing())
-            precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
+            with nullcontext() if self._time is None else self._time.around_hooks(boundaries):
+                precondition(loss, boundaries, self._used, self._settings, bool(cut.beside), sharing)
             if sharing.unnoticed:
                 self._report(shared_late(sharing.unnoticed))
             self._found = Found.of(boundaries, self._used, self._settings, cut.beside, cut.left_out)
             self._found_once = True
         return loss
-
-    def _find_on_every_rank(self, loss: Tensor) -> Cut:
-        """:meth:`_find`. A rank without boundaries tells the other ranks, which would wait for its part of the mean."""
-        with telling(loss, self._settings):
-            cut = self._find(loss)
-        if not cut.boundaries:
-            tell("no boundary", loss, self._settings)
-        return cut
-
-    def _find(self, loss: Tensor) -> Cut:
-        """The boundaries of the loss. What is doubtful about them is reported; what cannot be used is an error."""
-        cut = self._search(loss)
-        refuse_unusable(cut)
-        for message in doubts(cut, loss, self._settings):
-            self._report(message)
-        if cut.preconditioned:
-            return replace(cut, boundaries=[])
-        if not cut.boundaries:
-            self._none_found(cut, loss)
-        if not self._found_once:
-            refuse_fsdp1(cut)
-        return cut
-
-    def _none_found(self, cut: Cut, loss: Tensor) -> None:
-        """Count a batch without a boundary; at the first call raise."""
-        if self._found_once:
-            self._skipped += 1
-            return
-        raise nothing_found(cut, loss, self.boundary)
 
     def _report(self, message: str) -> None:
         """Warn once for each cause, whatever shapes and numbers are in the message."""
@@ -263,6 +273,16 @@ class LossHook:
             ArgumentTypeError: no optimizer.
         """
         self._states.memoryless = is_memoryless(optimizer)
+
+    @property
+    def last_steps(self) -> tuple[LastStep, ...]:
+        """The last step at each boundary as tensors on its device: gradients, sizes, C. Waits for nothing."""
+        return last_steps(self._found.names, self._used) if self._found.names else ()
+
+    @property
+    def fallbacks(self) -> int:
+        """Batches so far that kept their gradient or used Fisher in place of the Hessian. Waits for the device."""
+        return self._skipped + sum(rule.fallbacks for rule in self._states.rules.values())
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers about the last step that a backward pass has taken; waits for the device, so call it when you log.

@@ -75,7 +75,7 @@ class StepRule(RunningState):
     def wants_closed_form(self, features: int) -> bool:
         """Whether the next step uses a Hessian in closed form.
 
-        "auto" uses one even where products would be too many. Between refreshes no Hessian is used.
+        A curvature that does without products may still use one. Between refreshes no Hessian is used.
         """
         return self.curvature.needs_hessian and (self.wants_products(features) or self.curvature.refresh_every == 1)
 

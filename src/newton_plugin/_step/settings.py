@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from newton_plugin._boundary.rows import check_feature_dims
-from newton_plugin._curvature.auto import AutoCurvature
 from newton_plugin._curvature.damping import AutoDamping, Damping, resolve_damping
 from newton_plugin._curvature.fisher import EmpiricalFisher
 from newton_plugin._curvature.gated import GatedFisher, relative_ratio
@@ -41,6 +40,7 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
     power = check_power(power)
     if isinstance(curvature, str):
         check_choice("curvature", curvature, _CURVATURES)
+        curvature = "fisher" if curvature == "auto" else curvature  # the default; a Hessian is asked for by name
         if curvature == "norm":
             if structure not in ("auto", "mean", "per_sample"):
                 raise ArgumentError(
@@ -50,7 +50,7 @@ def resolve_curvature(curvature: object, structure: Any, power: Any, damping: Da
             return SoftNormalization()
         if structure == "gated":
             return _gated(curvature, power, damping)
-        kind = {"fisher": EmpiricalFisher, "hessian": Hessian, "auto": AutoCurvature}[curvature]
+        kind = {"fisher": EmpiricalFisher, "hessian": Hessian}[curvature]
         if structure == "auto":
             relative = kind is EmpiricalFisher and power == 1 and isinstance(damping, AutoDamping)
             structure = "isotropic" if relative else "mean"

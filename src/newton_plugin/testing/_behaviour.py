@@ -1,4 +1,4 @@
-"""How a loss behaves: called twice, on other samples, in another dtype; its eigenvalues and its cost."""
+"""How a loss behaves: called twice, in another dtype; its eigenvalues and its cost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from newton_plugin.testing._reasons import first_line, in_plain_words
-from newton_plugin.testing._report import Finding, skipped
+from newton_plugin.testing._report import Finding
 from newton_plugin.testing._subject import Subject
 
-__all__ = ["coupling", "definiteness", "determinism", "hessian_cost", "precision"]
+__all__ = ["definiteness", "determinism", "hessian_cost", "precision"]
 
 _REPEATS = 5
 
@@ -41,58 +41,6 @@ def determinism(subject: Subject) -> Finding:
             "note", "random", "it draws from torch's generator; one evaluation gives the plugin all it needs"
         )
     return Finding("ok", "deterministic")
-
-
-def coupling(subject: Subject, gradient: Tensor) -> Finding:
-    """Whether the gradients of some samples change when others move. No second derivative is needed."""
-    if subject.layout.rows < 2:
-        return skipped("one sample alone cannot tell; pass a batch of two or more")
-    size = float(gradient.norm()) / subject.layout.rows**0.5
-    reason = "it is NaN or infinite there"
-    for far in (0.1, 1e-3, 1e-5):  # a loss may be defined only near these outputs
-        try:
-            change = _change_of_others(subject, gradient, far) / max(size, 1e-300)
-        except Exception as error:
-            reason, _ = in_plain_words(error)
-            continue
-        if math.isfinite(change):
-            return _coupled(change, far, subject.outputs.dtype)
-    return skipped(f"the loss cannot be evaluated around these outputs: {reason}")
-
-
-def _change_of_others(subject: Subject, gradient: Tensor, far: float) -> float:
-    """The largest change of a sample's gradient while that sample stays and others move.
-
-    For each binary digit of the samples' numbers, the samples with a 1 there move, then those with a 0. Any two numbers
-    differ in one of the log2 N digits, so each sample moves once while the other stays.
-    """
-    y, reference = subject.layout.to_rows(subject.outputs), subject.layout.to_rows(gradient)
-    generator = torch.Generator().manual_seed(2)
-    moves = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-    moves = moves * far * y.std().clamp_min(1e-3)
-    worst = torch.zeros(()).to(y)
-    for digit in range((len(y) - 1).bit_length()):
-        ones = ((torch.arange(len(y), device=y.device) >> digit) & 1 == 1).unsqueeze(1)
-        for moved in (ones, ~ones):
-            there = subject.layout.from_rows(torch.where(moved, y + moves, y))
-            changed = (subject.layout.to_rows(subject.gradient(there)) - reference).abs()
-            if not bool(torch.isfinite(changed).all()):
-                return math.nan
-            worst = torch.maximum(worst, torch.where(moved, 0.0, changed).max())
-    return float(worst)
-
-
-def _coupled(change: float, far: float, dtype: torch.dtype) -> Finding:
-    if change <= (1e-8 if dtype == torch.float64 else 1e-3) * far:
-        return Finding("ok", "independent")
-    return Finding(
-        "note",
-        "coupled",
-        f"moving some samples' outputs changes the gradients of others (by {change:.1e} relative), so no sample has a "
-        "Hessian of its own",
-        "use curvature='fisher' or 'norm'; if each sample is several rows of the outputs, name feature_dims",
-        number=change,
-    )
 
 
 def precision(native: Subject, curved: bool) -> Finding:

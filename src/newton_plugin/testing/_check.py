@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -10,12 +11,22 @@ import torch
 from torch import Tensor
 
 from newton_plugin._boundary.rows import RowLayout, check_feature_dims
-from newton_plugin._curvature.sizes import AUTO_FEATURES, FORMED_FROM_PRODUCTS
+from newton_plugin._curvature.sizes import FORMED_FROM_PRODUCTS
 from newton_plugin._doors.newton_loss import NewtonLoss
-from newton_plugin._errors import ArgumentTypeError, NonFiniteError, ShapeError, check_choice, check_floating
-from newton_plugin.testing._behaviour import coupling, definiteness, determinism, hessian_cost, precision
+from newton_plugin._errors import (
+    ArgumentTypeError,
+    NonFiniteError,
+    ShapeError,
+    as_real,
+    check_choice,
+    check_floating,
+)
+from newton_plugin.testing._advice import Evidence, advise
+from newton_plugin.testing._behaviour import definiteness, determinism, hessian_cost, precision
+from newton_plugin.testing._coupling import coupling
 from newton_plugin.testing._derivatives import Derivatives
 from newton_plugin.testing._doors import has_closed_form, taken_by
+from newton_plugin.testing._gradients import ignored, spread, tail
 from newton_plugin.testing._reasons import first_line, in_plain_words
 from newton_plugin.testing._reduction import reduction
 from newton_plugin.testing._report import Finding, LossReport, skipped
@@ -44,8 +55,9 @@ def check_loss(
     Args:
         loss_fn: a function or module that returns one number, or one for each sample. Of a loss that is wrapped by
             ``newton_loss``, the loss inside is checked.
-        outputs: (N, ...), a small batch (say 2 to 64 samples) as the model might return it; need not require grad.
-            The findings hold at *these* outputs: take them from the region that training goes through.
+        outputs: (N, ...), a small batch (say 10 to 64 samples) as the model might return it; need not require grad.
+            The findings hold at *these* outputs: take them from the region that training goes through. Complex ones are
+            looked at as pairs of real numbers.
         *args: further arguments of ``loss_fn``.
         reduction, feature_dims: as for :class:`newton_plugin.LossHook`.
         loss_kwargs: keyword arguments of ``loss_fn``.
@@ -62,12 +74,15 @@ def check_loss(
         >>> report = check_loss(lambda y: torch.cdist(y, prototypes.to(y)).square().sum(-1).mean(), y)
         >>> print(report.hessian.verdict, "-", report.hessian.words)
         missing - torch has no derivative of _cdist_backward, so the loss cannot be differentiated twice
-        >>> report.curvature
-        'fisher'
+        >>> report.available
+        ('fisher', 'norm')
     """
     if not callable(loss_fn):
         raise ArgumentTypeError(f"loss_fn must be callable; got {type(loss_fn).__name__}.")
     loss_fn = loss_fn.loss_fn if isinstance(loss_fn, NewtonLoss) else loss_fn
+    name, given = _name(loss_fn), outputs
+    if isinstance(outputs, Tensor) and outputs.is_complex():
+        loss_fn, outputs = _of_pairs(loss_fn), torch.view_as_real(outputs)
     check_floating("outputs", outputs)
     check_choice("reduction", reduction, ("mean", "sum"))
     layout = RowLayout(tuple(outputs.shape), check_feature_dims(feature_dims))
@@ -78,7 +93,19 @@ def check_loss(
     subject = Subject(loss_fn, outputs, args, loss_kwargs or {}, layout, reduction)
     with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(outputs.device.type, enabled=False):
         warnings.simplefilter("ignore")
-        return _Check(subject, _name(loss_fn)).report()
+        return _Check(subject, name, _dtype(given)).report()
+
+
+def _of_pairs(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss as a function of real and imaginary parts, (..., 2)."""
+    return lambda pairs, *args, **kwargs: loss_fn(torch.view_as_complex(pairs.contiguous()), *args, **kwargs)
+
+
+def _dtype(outputs: Tensor) -> Finding:
+    if not outputs.is_complex():
+        return Finding("ok", "real")
+    words = "each is looked at as two real features, its real and its imaginary part; training refuses complex outputs"
+    return Finding("note", "complex", words, as_real("outputs"))
 
 
 def _name(loss_fn: Callable[..., Any]) -> str:
@@ -88,9 +115,9 @@ def _name(loss_fn: Callable[..., Any]) -> str:
 class _Check:
     """The findings of one call, each made once, in an order in which later ones use earlier ones."""
 
-    def __init__(self, native: Subject, name: str) -> None:
+    def __init__(self, native: Subject, name: str, outputs: Finding) -> None:
         self.native, self.name = native, name  # native: in the dtype in which the outputs were given
-        self.found: dict[str, Finding] = {}
+        self.found: dict[str, Finding] = {"outputs": outputs}
 
     def report(self) -> LossReport:
         self.found["evaluation"] = _evaluation(self.native)
@@ -99,17 +126,17 @@ class _Check:
             self._look()
         else:
             self._skip_rest("the loss could not be evaluated")
-        curvature, why = self._choose()
         reached = self.found["gradient"].ok
+        without = self._without_hessian()
         return LossReport(
             name=self.name,
             samples=layout.rows,
             features=layout.features,
             **self.found,
-            curvature=curvature,
-            why=why,
-            auto=taken_by(self.native, "auto") if reached else None,
-            asked=taken_by(self.native, "hessian") if reached else None,
+            available=() if not reached else ("fisher", "norm") if without else ("fisher", "norm", "hessian"),
+            without_hessian=without,
+            asked=taken_by(self.native) if reached else None,
+            advice=advise(self._evidence()),
         )
 
     def _skip_rest(self, why: str) -> None:
@@ -138,6 +165,9 @@ class _Check:
         if found["hessian_differences"].status == "fails":
             found["hessian"] = Finding("fails", "wrong", found["hessian_differences"].words, _DIFFERENTIABLE)
         found["coupling"] = coupling(subject, derivatives.gradient) if repeatable else skipped("it is unrepeatable")
+        rows = subject.layout.to_rows(derivatives.gradient)
+        found["ignored"] = ignored(subject, derivatives.gradient) if repeatable else skipped("it is unrepeatable")
+        found["tail"], found["spread"] = _guarded(lambda: tail(rows)), _guarded(lambda: spread(rows))
         self._look_at_curvature(subject, derivatives)
         found["precision"] = self._precision()
 
@@ -167,27 +197,44 @@ class _Check:
             return skipped("random numbers differ by dtype")
         return precision(self.native, self.found["hessian"].verdict == "exact")
 
-    def _closed_form(self) -> bool:
-        try:
-            return has_closed_form(self.native)
-        except Exception:  # raised by the loss; another finding reports it
-            return False
+    def _without_hessian(self) -> str:
+        """Why no Hessian can be used; empty where one can."""
+        found = self.found
+        if not found["gradient"].ok:
+            return "there is no gradient"
+        if found["hessian"].verdict != "exact":
+            return f"it is {found['hessian'].verdict}"
+        return "the loss couples the samples of a batch" if found["coupling"].verdict == "coupled" else ""
 
-    def _choose(self) -> tuple[Literal["hessian", "fisher"] | None, str]:
-        hessian, m = self.found["hessian"], self.native.layout.features
-        if not self.found["evaluation"].ok:
-            return None, self.found["evaluation"].words
-        if not self.found["gradient"].ok:
-            return None, self.found["gradient"].words
-        if m > AUTO_FEATURES and not self._closed_form():
-            return "fisher", f"{m} features would take {m} Hessian-vector products a step"
-        if hessian.verdict == "exact" and self.found["coupling"].verdict == "coupled":
-            return "fisher", "the loss couples the samples of a batch"
-        if hessian.verdict == "exact" and m > AUTO_FEATURES:
-            return "hessian", "the plugin knows it in closed form, and takes no Hessian-vector products"
-        if hessian.verdict == "exact":
-            return "hessian", "the Hessian is there and right; 'fisher' and 'norm' need the gradient only"
-        return "fisher", f"the Hessian is {hessian.verdict}"
+    def _fault(self) -> str:
+        """What is wrong with the loss itself, in words; empty where nothing is."""
+        found = self.found
+        if not found["evaluation"].ok:
+            return f"the loss gives no number here ({found['evaluation'].words})"
+        if not found["gradient"].ok:
+            return f"the gradient is {found['gradient'].verdict} ({found['gradient'].words})"
+        if found["gradient"].verdict == "wrong":
+            error = found["gradient_differences"].number or 0.0
+            return f"your gradient is wrong by {_percent(error)} (against differences of the loss)"
+        if found["precision"].status == "fails":
+            error = found["precision"].number or 0.0
+            return f"in float32 its derivatives are wrong by {_percent(error)} (against float64)"
+        return ""
+
+    def _evidence(self) -> Evidence:
+        nothing = math.nan
+        tail_of, spread_of = self.found["tail"].number, self.found["spread"].number
+        return Evidence(
+            fault=self._fault(),
+            random=self.found["determinism"].verdict in ("random", "unrepeatable"),
+            samples=self.native.layout.rows,
+            tail=nothing if tail_of is None else tail_of,
+            spread=nothing if spread_of is None else spread_of,
+        )
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.0f} %" if error < 100 else "more than a hundredfold"
 
 
 _DIFFERENTIABLE = "write the backward of its autograd.Function in torch operations on saved tensors, nothing detached"

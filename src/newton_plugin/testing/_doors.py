@@ -15,11 +15,11 @@ __all__ = ["Taken", "has_closed_form", "taken_by"]
 Taken = Literal["hessian", "fisher", "error"]
 
 
-def taken_by(subject: Subject, curvature: Literal["hessian", "auto"]) -> Taken:
-    """The curvature of one step with ``newton_loss(loss, curvature=curvature)``; "error" if the step raises."""
+def taken_by(subject: Subject) -> Taken:
+    """The curvature of one step with ``newton_loss(loss, curvature="hessian")``; "error" if the step raises."""
     wrapped = NewtonLoss(
         subject.call,
-        curvature=curvature,
+        curvature="hessian",
         damping=1.0,
         reduction=subject.reduction,
         feature_dims=subject.layout.feature_dims,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from newton_plugin._boundary.autograd_graph import reduction_of
 from newton_plugin.testing._report import Finding, skipped
 from newton_plugin.testing._subject import Subject
 
@@ -26,10 +27,27 @@ def reduction(subject: Subject) -> Finding:
             doubled = subject.loss_fn(_twice(subject.outputs, samples), *args, **kwargs)
         ratio = float(doubled.detach() / once.detach())
     except Exception:  # most often targets that the loss function holds
-        return skipped("the loss cannot be evaluated on the batch twice over; pass its targets as arguments")
+        return _by_name(subject)
     found = {1: "mean", 2: "sum"}.get(round(ratio)) if math.isfinite(ratio) else None
     if found is None or abs(ratio - round(ratio)) > 1e-4:
         return Finding("note", "neither", f"a batch twice over has {ratio:.3g} times the loss: no mean and no sum")
+    return _judged(subject, found, ratio)
+
+
+def _by_name(subject: Subject) -> Finding:
+    """Of a loss of torch's own, which says how it adds up, or of none."""
+    leaf = subject.outputs.clone().requires_grad_()
+    try:
+        node = subject.call(leaf).grad_fn
+    except Exception:  # found elsewhere
+        node = None
+    found = None if node is None else reduction_of(node)
+    if found is None:
+        return skipped("the loss cannot be evaluated on the batch twice over; pass its targets as arguments")
+    return _judged(subject, found, None)
+
+
+def _judged(subject: Subject, found: str, ratio: float | None) -> Finding:
     if found == subject.reduction:
         return Finding("ok", found, number=ratio)
     return Finding(

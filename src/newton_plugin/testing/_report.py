@@ -6,6 +6,8 @@ import textwrap
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from newton_plugin.testing._advice import Advice
+
 __all__ = ["Finding", "LossReport", "Status", "skipped"]
 
 Status = Literal["ok", "note", "fails", "skipped"]
@@ -45,6 +47,7 @@ def skipped(why: str) -> Finding:
 _SAID = ("fails", "not looked at")  # verdicts that only repeat the status
 
 _TITLES = {
+    "outputs": "outputs",
     "evaluation": "the loss itself",
     "reduction": "mean or sum",
     "gradient": "gradient, autograd",
@@ -59,6 +62,9 @@ _TITLES = {
     "determinism": "twice the same",
     "definiteness": "definiteness",
     "cost": "cost of a Hessian",
+    "ignored": "rows that count",
+    "tail": "tail",
+    "spread": "spread",
 }
 
 
@@ -69,6 +75,7 @@ class LossReport:
     Attributes:
         name: of the loss.
         samples, features: N and m.
+        outputs: "real", or "complex": then each is looked at as two real features, which is what training needs too.
         evaluation: the loss gives a finite number (or one for each sample) with a graph.
         reduction: "mean", "sum", "neither" or "one loss for each sample", by a batch twice over; a note where it is
             another one than was told.
@@ -86,16 +93,20 @@ class LossReport:
         definiteness: of the samples' Hessians: "positive definite", "positive semidefinite", "indefinite" or
             "negative semidefinite".
         cost: time of loss, gradient and Hessian over that of loss and gradient.
-        curvature: what to use, "hessian" or "fisher", from the findings above; None where there is no gradient.
-            "norm" needs, as "fisher" does, the gradient alone.
-        why: for ``curvature``, in words.
-        auto: what ``curvature="auto"`` did with this loss: "hessian", "fisher" or "error".
-        asked: what ``curvature="hessian"`` did: the same three.
+        ignored: "all"; "some ignored", rows without a gradient wherever they move (``ignore_index``, a mask, padding);
+            "some flat", rows without one at these outputs alone.
+        tail: the share of ``sum_i |g_i|^2`` that a tenth of the samples holds.
+        spread: the largest eigenvalue of ``mean g g'`` over the mean of those that are not zero.
+        available: what can be used as ``curvature``: "fisher", "norm", "hessian"; empty without a gradient.
+        without_hessian: why "hessian" is not among them; empty where it is.
+        asked: what ``curvature="hessian"`` did with this loss: "hessian", "fisher" or "error"; None without a gradient.
+        advice: what to take, and why: ``advice.take`` is "default", "gated", "plain" or "mend".
     """
 
     name: str
     samples: int
     features: int
+    outputs: Finding
     evaluation: Finding
     reduction: Finding
     gradient: Finding
@@ -110,10 +121,13 @@ class LossReport:
     determinism: Finding
     definiteness: Finding
     cost: Finding
-    curvature: Literal["hessian", "fisher"] | None
-    why: str
-    auto: Literal["hessian", "fisher", "error"] | None
+    ignored: Finding
+    tail: Finding
+    spread: Finding
+    available: tuple[str, ...]
+    without_hessian: str
     asked: Literal["hessian", "fisher", "error"] | None
+    advice: Advice
 
     @property
     def findings(self) -> dict[str, Finding]:
@@ -123,21 +137,25 @@ class LossReport:
 
     def __str__(self) -> str:
         lines = [f"{self.name} at outputs of {self.samples} samples with {self.features} features", ""]
+        if self.advice.take == "mend":
+            lines += [*textwrap.wrap(self.advice.headline, 110), ""]
         for name, finding in self.findings.items():
             words = ": ".join(w for w in (finding.verdict, finding.words) if w and w not in _SAID)
             lines += _wrapped(f"{_TITLES[name]:<26}{finding.status:<9}", words)
             if finding.remedy:
                 lines += _wrapped(" " * 35, f"-> {finding.remedy}")
-        return "\n".join([*lines, "", *textwrap.wrap(self._advice(), 110)])
+        return "\n".join([*lines, "", *textwrap.wrap(self._available(), 110), *textwrap.wrap(str(self.advice), 110)])
 
-    def _advice(self) -> str:
-        if self.curvature is None:
-            return f"No curvature can be used: {self.why}."
-        advice = f"Use curvature={self.curvature!r}: {self.why}."
-        if self.auto == self.curvature:
-            return f"{advice} curvature='auto' takes the same."
-        does = "raises an error" if self.auto == "error" else f"takes {self.auto!r}"
-        return f"{advice} Name it: curvature='auto' {does} here."
+    def _available(self) -> str:
+        if not self.available:
+            return "Available: no curvature."
+        first, *others = map(repr, self.available)
+        words = f"Available: curvature={', '.join([first, *others])}."
+        if self.without_hessian:
+            words += f" Not 'hessian': {self.without_hessian}."
+        if "hessian" not in self.available and self.asked == "hessian":
+            words += " If it is asked for, it is taken all the same, and is wrong."
+        return words
 
 
 def _wrapped(title: str, words: str) -> list[str]:

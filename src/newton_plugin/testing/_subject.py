@@ -14,7 +14,7 @@ from newton_plugin._boundary.rows import RowLayout
 from newton_plugin._errors import ShapeError
 from newton_plugin._step.settings import Reduction
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "own_copy"]
 
 
 class Subject:
@@ -34,7 +34,7 @@ class Subject:
         layout: RowLayout,
         reduction: Reduction,
     ) -> None:
-        self.loss_fn = _own_copy(loss_fn)
+        self.loss_fn = own_copy(loss_fn)
         self.outputs = outputs.detach().clone()
         self.args, self.kwargs = _fresh(tuple(args), None), _fresh(dict(kwargs), None)
         self.layout = layout
@@ -42,7 +42,7 @@ class Subject:
 
     def to(self, dtype: torch.dtype) -> Subject:
         """The same with floating tensors, buffers and parameters in ``dtype``."""
-        loss_fn = _own_copy(self.loss_fn)
+        loss_fn = own_copy(self.loss_fn)
         owner = loss_fn if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "__self__", None)
         if isinstance(owner, nn.Module) and loss_fn is not self.loss_fn:
             owner.to(dtype)
@@ -115,7 +115,8 @@ class Subject:
         return products.movedim(0, -2)
 
 
-def _own_copy(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+def own_copy(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A module, or a method of one, as a copy; anything else as it is."""
     owner = getattr(loss_fn, "__self__", None)
     try:
         if isinstance(loss_fn, nn.Module):

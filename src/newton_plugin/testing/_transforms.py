@@ -93,6 +93,8 @@ def by_func_per_sample(subject: Subject, blocks: Tensor | None) -> Finding:
         return skipped(f"{subject.outputs.numel()} outputs; pass a smaller batch to try it")
     if any(isinstance(a, Tensor) for a in subject.kwargs.values()):
         return skipped("tensors are passed by keyword; pass them by position to try it")
+    if any(_holds_samples(a, n) for a in subject.args):
+        return skipped("an argument holds several tensors; pass them by position to try it")
     split = [isinstance(a, Tensor) and a.ndim > 0 and len(a) == n for a in subject.args]
 
     def one(y: Tensor, *args: Any) -> Tensor:
@@ -112,6 +114,12 @@ def by_func_per_sample(subject: Subject, blocks: Tensor | None) -> Finding:
         return _compared(ours.detach().reshape(n, layout.features, layout.features), blocks)
     assert last is not None
     return _failure(last)
+
+
+def _holds_samples(value: Any, n: int) -> bool:
+    """Whether a list or a dict has a tensor with a row for each sample."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(_holds_samples(v, n) or (isinstance(v, Tensor) and v.ndim > 0 and len(v) == n) for v in inside)
 
 
 def _compared(ours: Tensor, blocks: Tensor | None) -> Finding:
