@@ -29,7 +29,14 @@ version = release = newton_plugin.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "formulas"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "benchmarks/*.md", "benchmarks/results/*.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/**.md",
+    "benchmarks/*.md",
+    "benchmarks/results/*.md",
+]
 exclude_patterns = [".*", "build", "dist", "src", "integrations", "tests", "examples", "docs/_parts"]
 nitpicky = False  # docstrings name torch's types, and no inventory is fetched
 

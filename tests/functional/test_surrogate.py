@@ -21,7 +21,8 @@ import newton_plugin as npl
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own forward mode
 quick = settings(deadline=None, derandomize=True, max_examples=15)
 RULES: list[dict[str, Any]] = [
-    {},
+    {"structure": "isotropic"},
+    {"structure": "gated"},
     {"curvature": "hessian"},
     {"curvature": "norm"},
     {"structure": "per_sample", "power": 0.5},

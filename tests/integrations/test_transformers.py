@@ -372,7 +372,7 @@ def test_steps_are_asked_of_the_trainer() -> None:
         ({"loss_fn": F.mse_loss, "per_label": True}, "loss_fn=.*mse_loss.*, per_label=True"),
         ({"enabled": False, "shift_labels": True}, "shift_labels=True, enabled=False"),
     ],
-    ids=str,
+    ids=["nothing", "three", "a loss", "off"],
 )
 def test_repr_shows_what_differs_from_the_defaults(arguments: Any, shown: str) -> None:
     assert re.fullmatch(rf"NewtonTrainerLoss\({shown}\)", repr(NewtonTrainerLoss(**arguments)))

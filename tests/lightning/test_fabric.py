@@ -36,6 +36,7 @@ def test_fabric_backward_equals_the_plain_loop(pl: Any, precision: str, accumula
     bare = case_module(pl, Functional).to(dtype).model
     model, optimizer = runner.setup(bare, torch.optim.SGD(bare.parameters(), lr=1.0))
     hook = npl.LossHook(damping="auto")
+    hook.set_optimizer(optimizer)
     for k, (x, t) in enumerate(batches):
         with runner.autocast():
             loss = hook(bare.loss(model(x), t)) / accumulate
