@@ -16,6 +16,7 @@ TAKEN: list[dict[str, Any]] = [
     {"structure": "isotropic", "damping": 0.1, "power": 0.5},
     {"structure": "per_sample"},
     {"curvature": "norm"},
+    {"curvature": "auto"},
     {"curvature": npl.EmpiricalFisher("isotropic")},
 ]
 REFUSED: list[dict[str, Any]] = [
@@ -24,7 +25,6 @@ REFUSED: list[dict[str, Any]] = [
     {"structure": "diagonal"},
     {"structure": "block"},
     {"curvature": "hessian"},
-    {"curvature": "auto"},
     {"curvature": npl.EmpiricalFisher("isotropic", refresh_every=3)},
 ]
 
