@@ -33,9 +33,12 @@ def said(pl: Any) -> Any:
             records.append(record.getMessage())
 
     listener, log = Listener(), logging.getLogger(pl.__name__)
+    level = log.level
+    log.setLevel(logging.INFO)  # the demo, run by a test in the same process, leaves it at ERROR
     log.addHandler(listener)
     yield records
     log.removeHandler(listener)
+    log.setLevel(level)
 
 
 def lines(said: list[str]) -> dict[str, str]:

@@ -74,7 +74,7 @@ def fit(pl: Any, newton: NewtonLosses, switch: dict[int, bool] | None = None) ->
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_from_start_to_stop(pl: Any, boundary: str) -> None:
-    recorder, plain, module = fit(pl, NewtonLosses(boundary=boundary, start_step=1, stop_step=4))
+    recorder, plain, module = fit(pl, NewtonLosses(structure="isotropic", boundary=boundary, start_step=1, stop_step=4))
     assert plain == [True, False, False, False, True, True]
     bare = hooks_of(classifier_module(pl))
     assert [hooks == bare for hooks in recorder.hooks if boundary == "model.encoder"] == (
@@ -85,7 +85,7 @@ def test_from_start_to_stop(pl: Any, boundary: str) -> None:
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)
 def test_switched_while_it_runs(pl: Any, boundary: str) -> None:
-    newton = NewtonLosses(boundary=boundary)
+    newton = NewtonLosses(structure="isotropic", boundary=boundary)
     _, plain, _ = fit(pl, newton, {2: False, 5: True})
     assert plain == [False, False, True, True, True, False]
 

@@ -16,9 +16,9 @@ TAKEN: list[dict[str, Any]] = [
     {"structure": "isotropic", "damping": 0.1, "power": 0.5},
     {"structure": "per_sample"},
     {"curvature": "norm"},
-    {"curvature": "auto"},
     {"curvature": npl.EmpiricalFisher("isotropic")},
 ]
+DEFAULTS: list[dict[str, Any]] = [{}, {"curvature": "auto"}]
 REFUSED: list[dict[str, Any]] = [
     {"structure": "mean"},
     {"damping": 0.1},
@@ -29,7 +29,9 @@ REFUSED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "same"), [*((t, t) for t in TAKEN), ({}, {"structure": "isotropic"})], ids=str)
+@pytest.mark.parametrize(
+    ("given", "same"), [*((t, t) for t in TAKEN), *((d, {"structure": "isotropic"}) for d in DEFAULTS)], ids=str
+)
 def test_alone_it_changes_nothing(given: dict[str, Any], same: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, x, t = nn.Linear(4, 3).double(), torch.randn(3, 6, 4).double(), torch.rand(3, 6, 3).double()
